@@ -1,0 +1,1 @@
+"""How much can a server read out of a federated update, and at what cost?"""

@@ -1,0 +1,69 @@
+"""Pytrees of parameters: path names, per-leaf keys, norms, sums."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mpqfl_jax.types import Array, Key, PyTree
+
+
+def path_name(path: tuple) -> str:
+  """Joins a key path into a name such as `conv1/kernel`."""
+  return "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+  """Names of all leaves, in the order of `jax.tree.leaves`."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [path_name(path) for path, _ in flat]
+
+
+def map_with_name(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
+  """Maps `fn(name, leaf, ...)` over the leaves of trees of one structure."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
+  )
+
+
+def leaf_keys(key: Key, tree: PyTree) -> PyTree:
+  """A tree of keys: `key` folded with each leaf's position."""
+  leaves, treedef = jax.tree.flatten(tree)
+  keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+  return jax.tree.unflatten(treedef, keys)
+
+
+def size(tree: PyTree) -> int:
+  """Number of entries in all leaves."""
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+  """Leafwise a + b."""
+  return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: PyTree, b: PyTree) -> PyTree:
+  """Leafwise a - b."""
+  return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(factor: Array | float, tree: PyTree) -> PyTree:
+  """Leafwise factor * tree."""
+  return jax.tree.map(lambda leaf: factor * leaf, tree)
+
+
+def vdot(a: PyTree, b: PyTree) -> Array:
+  """Inner product over all leaves, [] float32."""
+  products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+  return sum(jax.tree.leaves(products), start=jnp.float32(0))
+
+
+def squared_norm(tree: PyTree) -> Array:
+  """Squared L2 norm over all leaves, [] float32."""
+  return vdot(tree, tree)
+
+
+def norm(tree: PyTree) -> Array:
+  """L2 norm over all leaves, [] float32."""
+  return jnp.sqrt(squared_norm(tree))

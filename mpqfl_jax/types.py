@@ -1,0 +1,151 @@
+"""The types that flow between the parts of the simulator.
+
+Everything is a NamedTuple of plain functions or of arrays: states are pytrees,
+and whatever stands on the training path works under `jit`, `vmap`, `scan` and
+`shard_map`. Parameters are plain nested dicts whose paths name layers
+(`conv1/kernel`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Key = jax.Array
+PyTree = Any
+Params = PyTree
+Update = PyTree
+Payload = PyTree
+
+
+class Model(NamedTuple):
+  """A classifier of images as two pure functions.
+
+  Attributes:
+    name: the name that flags and result files use.
+    init: key -> params, a nested dict of float32 arrays.
+    apply: (params, x[batch, height, width, channels] in [0, 1]) ->
+      logits[batch, classes]. Normalisation by `mean` and `std` happens inside.
+    image_shape: (height, width, channels).
+    num_classes: number of classes.
+    mean: [channels], the per-channel mean that `apply` subtracts.
+    std: [channels], the per-channel deviation that `apply` divides by.
+  """
+
+  name: str
+  init: Callable[[Key], Params]
+  apply: Callable[[Params, Array], Array]
+  image_shape: tuple[int, int, int]
+  num_classes: int
+  mean: np.ndarray
+  std: np.ndarray
+
+
+class Examples(NamedTuple):
+  """Labelled images, as they lie on the device: whole, once.
+
+  Attributes:
+    x: [examples, height, width, channels], uint8.
+    y: [examples], int32.
+  """
+
+  x: Array
+  y: Array
+
+
+class ClientBatch(NamedTuple):
+  """A cohort described by indices into `Examples`, never by copies of images.
+
+  Attributes:
+    index: [clients, steps, batch], int32, rows of the training set.
+    mask: [clients, steps, batch], float32, 0 where a row is padding.
+    weight: [clients], float32, the client's weight in the mean (its number of
+      examples), 0 where the whole client is padding.
+    client_id: [clients], int32, -1 where the whole client is padding.
+  """
+
+  index: Array
+  mask: Array
+  weight: Array
+  client_id: Array
+
+
+class UpdateTransform(NamedTuple):
+  """A stage between local training and the codec: clip, prune, noise.
+
+  Attributes:
+    init: params -> state of one client.
+    apply: (key, update, state) -> (update, state).
+  """
+
+  init: Callable[[Params], PyTree]
+  apply: Callable[[Key, Update, PyTree], tuple[Update, PyTree]]
+
+
+class Bins(NamedTuple):
+  """What a payload says about the update that went in, entry by entry.
+
+  An adversary who knows the codec uses this instead of the decoded value.
+
+  Attributes:
+    lower, upper: pytrees like the update, float32: the interval that the entry
+      lay in for certain; infinite where the payload does not bound it.
+    variance: a pytree like the update, float32: the expected squared error of
+      the decoded value.
+    stochastic: a pytree like the update, of Python bools: whether the leaf was
+      rounded at random, so that the likelihood of a value in the interval
+      falls off linearly from the decoded value instead of being flat.
+  """
+
+  lower: Update
+  upper: Update
+  variance: Update
+  stochastic: PyTree
+
+
+class Codec(NamedTuple):
+  """The last stage at a client, and its inverse at the server.
+
+  Attributes:
+    init: params -> state of one client (error feedback), `()` where none.
+    encode: (key, update, state) -> (payload, state). The payload's arrays are
+      exactly what crosses the wire.
+    decode: payload -> update, float32.
+    num_bytes: payload -> [] int32, the length in bytes of `pack(payload)`,
+      computed on the device.
+    pack: payload -> bytes, on the host.
+    unpack: bytes -> payload, on the host; raises `wire.WireError`, and nothing
+      else, on any input that `pack` cannot have produced.
+    bins: payload -> Bins.
+  """
+
+  init: Callable[[Params], PyTree]
+  encode: Callable[[Key, Update, PyTree], tuple[Payload, PyTree]]
+  decode: Callable[[Payload], Update]
+  num_bytes: Callable[[Payload], Array]
+  pack: Callable[[Payload], bytes]
+  unpack: Callable[[bytes], Payload]
+  bins: Callable[[Payload], Bins]
+
+
+class Observation(NamedTuple):
+  """What the adversary sees of one client's update, and what it knows.
+
+  Leading axes may be added by `vmap`: the attacks batch over observations.
+
+  Attributes:
+    params: the global model that the client started from.
+    update: the decoded update, `params - local params`, float32.
+    bins: what the payload says beyond the decoded value; None for a blind
+      adversary.
+    labels: [steps, batch], int32, or None where the adversary must infer them.
+    learning_rate: [] float32, the client's SGD step size.
+  """
+
+  params: Params
+  update: Update
+  bins: Bins | None
+  labels: Array | None
+  learning_rate: Array
