@@ -1,0 +1,330 @@
+"""What a run shows, in sentences whose every number is computed.
+
+The words are chosen with care: an attack that failed proves nothing about
+attacks that were not tried, and one that fails on undefended updates too says
+nothing about any defence.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mpqfl_jax import errors, metrics
+from mpqfl_jax.report import records, tables
+
+
+class Verdict(NamedTuple):
+  """What the attacks of a run say about one defence.
+
+  Attributes:
+    defense: its name.
+    status: `leaks`, `partly`, `stopped` or `open` (nothing can be said).
+    label: the status in a few words.
+    privacy: one or two sentences on the attacks.
+    cost: one sentence on accuracy, bytes and proof; "" where nothing was
+      measured.
+  """
+
+  defense: str
+  status: str
+  label: str
+  privacy: str
+  cost: str
+
+
+class _Score(NamedTuple):
+  cell: records.Cell
+  name: str
+  rate: metrics.Rate
+  found: int
+  median: float
+
+
+def verdicts(run: records.Run) -> list[Verdict]:
+  """One verdict a defence, in the order of the summary."""
+  scores = {
+    name: _scores(run, name, entry)
+    for name, entry in run.summary["defenses"].items()
+  }
+  works = {
+    s.cell.attack for s in scores.get("none", ()) if s.rate.successes > 0
+  }
+  rows = {row.defense: row for row in tables.rows(run.summary)}
+  return [
+    _verdict(run, name, scores[name], works, _cost(rows[name]))
+    for name in run.summary["defenses"]
+  ]
+
+
+def headline(run: records.Run) -> list[str]:
+  """The answer: what an undefended update leaks, what defences do and cost."""
+  judged = verdicts(run)
+  out = [_undefended(run, judged)]
+  others = [v for v in judged if v.defense != "none"]
+  for status, phrase in (
+    ("leaks", "let an attack rebuild images"),
+    ("partly", "leaked in part"),
+    ("stopped", None),
+    ("open", "were not put to the test"),
+  ):
+    group = [v for v in others if v.status == status]
+    if phrase:
+      if group:
+        out.append(
+          f"{_count(group, others)} {_was(phrase, group)}: {_names(group)}."
+        )
+      continue
+    for label in dict.fromkeys(v.label for v in group):
+      same = [v for v in group if v.label == label]
+      out.append(
+        f"{_count(same, others)} {label[0].lower()}{label[1:]}: {_names(same)}."
+      )
+  out += _prices(run.summary)
+  return out
+
+
+def best_reference(summary: dict[str, Any]) -> tuple[str, float] | None:
+  """Name and median PSNR of the best guess that needs no attack."""
+  known = {
+    tables.REFERENCE_NAMES.get(name, name): values["psnr_db_median"]
+    for name, values in (summary.get("references") or {}).items()
+    if values.get("psnr_db_median") is not None
+  }
+  return max(known.items(), key=lambda item: item[1], default=None)
+
+
+def attack_rate(
+  run: records.Run, defense: str, attack: str, knowledge: str
+) -> metrics.Rate:
+  """Successes among the reconstructions in `attacks.jsonl`.
+
+  Raises:
+    UserError: there is none, though the summary speaks of the attack.
+  """
+  lines = attack_lines(run, defense, attack, knowledge)
+  if not lines:
+    raise errors.UserError(
+      f"{run.folder / 'attacks.jsonl'} holds no line of {attack} ({knowledge})"
+      f" on {defense}, which summary.json lists; the files are not of one run."
+    )
+  # A reconstruction without a PSNR failed.
+  values = [line.get("psnr_db") for line in lines]
+  good = [v for v in values if v is not None and v >= metrics.SUCCESS_DB]
+  return metrics.wilson(len(good), len(values))
+
+
+def attack_lines(
+  run: records.Run, defense: str, attack: str, knowledge: str
+) -> list[dict[str, Any]]:
+  """The lines of `attacks.jsonl` about one attack on one defence."""
+  key = (defense, attack, knowledge)
+  return [
+    line
+    for line in run.attacks
+    if (line["defense"], line["attack"], line["knowledge"]) == key
+  ]
+
+
+def interval(rate: metrics.Rate) -> str:
+  """A Wilson interval as text."""
+  return f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %"
+
+
+def _scores(
+  run: records.Run, defense: str, entry: dict[str, Any]
+) -> list[_Score]:
+  out = []
+  for cell in records.cells(entry):
+    lines = attack_lines(run, defense, cell.attack, cell.knowledge)
+    rate = attack_rate(run, defense, cell.attack, cell.knowledge)
+    found = sum(bool(line.get("reidentified")) for line in lines)
+    name = f"{cell.attack} ({cell.knowledge})"
+    out.append(_Score(cell, name, rate, found, cell.psnr_db_median or 0.0))
+  return out
+
+
+def _verdict(
+  run: records.Run,
+  defense: str,
+  scores: Sequence[_Score],
+  works: set[str],
+  cost: str,
+) -> Verdict:
+  def verdict(status: str, label: str, privacy: str) -> Verdict:
+    return Verdict(defense, status, label, privacy, cost)
+
+  if not scores:
+    return verdict("open", "Not attacked", "No attack was run against it.")
+  through = [s for s in scores if s.rate.successes]
+  if through:
+    worst = max(through, key=lambda s: (s.median, s.rate.rate))
+    text = (
+      f"{worst.name} rebuilt {_of(worst.rate)} to {metrics.SUCCESS_DB:.0f} dB"
+      f" or better (95 % interval {interval(worst.rate)}), median"
+      f" {worst.median:.1f} dB."
+    )
+    return verdict("leaks", "Leaks", text + _blind_contrast(scores, worst))
+
+  top = max(scores, key=lambda s: s.median)
+  none_good = (
+    f"No attack brought any image to {metrics.SUCCESS_DB:.0f} dB"
+    f" ({_of(top.rate)} by {top.name}, 95 % interval {interval(top.rate)})"
+  )
+  reference = best_reference(run.summary)
+  above = reference is not None and top.median > reference[1]
+  spotted = max(scores, key=lambda s: s.found)
+  if above or spotted.found:
+    text = none_good + "."
+    if above and reference is not None:
+      text += (
+        f" But the median of {top.name}, {top.median:.1f} dB, beats the best"
+        f" guess without an attack ({reference[0]}, {reference[1]:.1f} dB)."
+      )
+    if spotted.found:
+      text += (
+        f" {spotted.found} of {spotted.rate.trials} reconstructions by"
+        f" {spotted.name} lie nearer to their original than to any other candidate"
+        " image."
+      )
+    return verdict("partly", "Leaks in part", text)
+
+  if "none" not in run.summary["defenses"]:
+    text = f"{none_good}, but no undefended run shows that they work at all."
+    return verdict("open", "Not shown", text)
+  tried = [s for s in scores if s.cell.attack in works]
+  if not tried:
+    text = (
+      f"{none_good}, but the same attacks fail on undefended updates too: this"
+      " says nothing about the defence."
+    )
+    return verdict("open", "Not shown", text)
+  text = f"{none_good}."
+  if reference is not None:
+    text += (
+      f" The highest median, {top.median:.1f} dB, is no better than a guess"
+      f" without an attack ({reference[0]}, {reference[1]:.1f} dB)."
+    )
+  if any(s.cell.knowledge != "blind" for s in tried):
+    text += " Attacks that were not tried may still succeed."
+    return verdict("stopped", "Stopped the attacks tried", text)
+  attacks = list(dict.fromkeys(s.cell.attack for s in tried))
+  which = "this blind attack" if len(attacks) == 1 else "these blind attacks"
+  text += " No attack that knows the codec was tried."
+  return verdict("stopped", f"Stopped {which}: {', '.join(attacks)}", text)
+
+
+def _blind_contrast(scores: Sequence[_Score], worst: _Score) -> str:
+  blind = [
+    s for s in scores if s.cell.knowledge == "blind" and s.rate.successes == 0
+  ]
+  if worst.cell.knowledge == "blind" or not blind:
+    return ""
+  best = max(blind, key=lambda s: s.median)
+  return (
+    f" Blind attacks alone rebuilt none: {best.name} reached a median of"
+    f" {best.median:.1f} dB."
+  )
+
+
+def _undefended(run: records.Run, judged: Sequence[Verdict]) -> str:
+  own = {v.defense: v for v in judged}.get("none")
+  if own is None:
+    return (
+      "This run has no undefended client: nothing here shows that the attacks"
+      " work."
+    )
+  if not any(records.cells(run.summary["defenses"]["none"])):
+    return "No attack was run on undefended updates; only the costs are known."
+  start = {
+    "leaks": "An undefended update gives private images away",
+    "partly": "An undefended update leaks in part",
+  }.get(own.status, "No image was rebuilt from an undefended update")
+  end = ""
+  reference = best_reference(run.summary)
+  if own.status == "leaks" and reference is not None:
+    end = (
+      f" The best guess without an attack ({reference[0]}) scores"
+      f" {reference[1]:.1f} dB."
+    )
+  return f"{start}: {own.privacy}{end}"
+
+
+def _prices(summary: dict[str, Any]) -> list[str]:
+  """Who pays most accuracy, who saves most bytes."""
+  rows = [r for r in tables.rows(summary) if r.defense != "none"]
+  entries = summary["defenses"]
+  baseline = (entries.get("none") or {}).get("test_accuracy")
+  out = []
+  known = [
+    r for r in rows if entries[r.defense].get("test_accuracy") is not None
+  ]
+  if known and baseline is not None:
+    known.sort(key=lambda r: entries[r.defense]["test_accuracy"])
+    low, high = known[0], known[-1]
+    text = (
+      f"Undefended training reaches {tables.percent(baseline)} % test accuracy;"
+      f" {low.defense} {_reaches(low)}"
+    )
+    if high is not low:
+      text += f", {high.defense} {_reaches(high)}"
+    out.append(text + ".")
+  sent = [
+    r
+    for r in rows
+    if entries[r.defense].get("uplink_bytes_per_client")
+    and r.ratio != tables.MISSING
+  ]
+  if sent:
+    least = min(
+      sent, key=lambda r: entries[r.defense]["uplink_bytes_per_client"]
+    )
+    most = max(
+      sent, key=lambda r: entries[r.defense]["uplink_bytes_per_client"]
+    )
+    text = f"Against float32, {least.defense} sends {_amount(least)}"
+    if most is not least:
+      text += f" and {most.defense} {_amount(most)}"
+    out.append(text + " from each client and round.")
+  return out
+
+
+def _cost(row: tables.Row) -> str:
+  parts = []
+  if row.accuracy != tables.MISSING:
+    text = f"{row.accuracy} % test accuracy"
+    if row.difference != tables.MISSING:
+      text += f" ({row.difference} points)"
+    parts.append(text)
+  if row.uplink != tables.MISSING:
+    text = f"{row.uplink} bytes up"
+    if row.ratio not in (tables.MISSING, tables.EQUAL):
+      text += f" ({row.ratio} than float32)"
+    parts.append(text)
+  if row.epsilon != "no proof":
+    parts.append(f"ε = {row.epsilon}")
+  return "; ".join(parts) + "." if parts else ""
+
+
+def _reaches(row: tables.Row) -> str:
+  return f"reaches {row.accuracy} % ({row.difference} points)"
+
+
+def _amount(row: tables.Row) -> str:
+  return "as much" if row.ratio == tables.EQUAL else row.ratio
+
+
+def _of(rate: metrics.Rate) -> str:
+  plural = "" if rate.trials == 1 else "s"
+  return f"{rate.successes} of {rate.trials} image{plural}"
+
+
+def _count(group: Sequence[Verdict], others: Sequence[Verdict]) -> str:
+  plural = "" if len(others) == 1 else "s"
+  return f"{len(group)} of {len(others)} defence{plural}"
+
+
+def _was(phrase: str, group: Sequence[Verdict]) -> str:
+  return phrase.replace("were ", "was ") if len(group) == 1 else phrase
+
+
+def _names(group: Sequence[Verdict]) -> str:
+  return ", ".join(v.defense for v in group)

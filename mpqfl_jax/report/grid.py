@@ -1,0 +1,205 @@
+"""Originals above their reconstructions, pixel by pixel.
+
+Drawn in the pixels of the PNG: every image is enlarged by a whole number, so
+that the pixels of a 28 by 28 digit stay squares.
+"""
+
+from collections.abc import Iterable, Sequence
+import textwrap
+from typing import Any, NamedTuple
+
+from matplotlib import figure as mpl_figure
+from matplotlib import patches
+import numpy as np
+
+from mpqfl_jax import metrics
+from mpqfl_jax.report import records, style
+
+# All in pixels of the PNG, which is shown at half size.
+_COLUMNS = 8
+_CELL = 152
+_GAP = 22
+_LEFT = 270
+_TEXT = 58
+_MARGIN = 24
+
+
+class Drawn(NamedTuple):
+  """A grid and the words that go with it."""
+
+  figure: mpl_figure.Figure
+  title: str
+  alt: str
+  caption: str
+  width: int
+
+
+def groups(
+  sets: Iterable[records.Reconstructions],
+) -> list[list[records.Reconstructions]]:
+  """Sets that belong in one grid: one attack, one round, the same originals."""
+  out: dict[tuple, list[records.Reconstructions]] = {}
+  for s in sets:
+    key = (s.attack, s.round, s.original.shape, s.original.tobytes())
+    out.setdefault(key, []).append(s)
+  return list(out.values())
+
+
+def settings(run: records.Run, group: Sequence[records.Reconstructions]) -> str:
+  """The assumptions under which a group was attacked, in one line."""
+  regimes = list(dict.fromkeys(s.knowledge for s in group))
+  lines = [
+    line
+    for line in run.attacks
+    if line["attack"] == group[0].attack
+    and line["round"] == group[0].round
+    and line["knowledge"] in regimes
+  ]
+  return " · ".join([" and ".join(regimes), *describe(lines)])
+
+
+def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
+  """What lines of `attacks.jsonl` say of the setting, each in a few words."""
+
+  def values(name: str) -> list[Any]:
+    found = (line.get(name) for line in lines)
+    return list(dict.fromkeys(v for v in found if v is not None))
+
+  def joined(name: str) -> str:
+    return ", ".join(str(v) for v in values(name))
+
+  out = []
+  for name in ("dataset", "model"):
+    if values(name):
+      out.append(joined(name))
+  if values("batch_size"):
+    out.append(f"batch of {joined('batch_size')}")
+  if values("local_steps"):
+    plural = "" if values("local_steps") == [1] else "s"
+    out.append(f"{joined('local_steps')} local step{plural}")
+  if values("weights"):
+    out.append(f"{joined('weights')} weights")
+  for known in values("labels_known"):
+    out.append("labels known" if known else "labels inferred")
+  if values("iterations"):
+    text = f"{joined('iterations')} iterations"
+    if values("restarts") not in ([], [1]):
+      text += f", {joined('restarts')} restarts"
+    out.append(text)
+  return out
+
+
+def draw(
+  group: Sequence[records.Reconstructions],
+  known: dict[str, style.Style],
+  setting: str,
+) -> Drawn:
+  """Draws a row of originals and a row for each set of reconstructions.
+
+  Args:
+    group: from `groups`.
+    known: the style of each defence.
+    setting: printed above the grid.
+  """
+  first = group[0]
+  total, height, width, _ = first.original.shape
+  count = min(total, _COLUMNS)
+  factor = max(1, _CELL // max(height, width))
+  cell_h, cell_w = factor * height, factor * width
+  pitch_x = max(cell_w, 120) + _GAP
+  full_w = max(_LEFT + count * pitch_x + _MARGIN, 900)
+  per_line = int((full_w - 2 * _MARGIN) / 14.2)
+  heading = textwrap.wrap(setting, per_line)
+  top = _MARGIN + 48 + 32 * len(heading) + 34
+  pitch_y = cell_h + _TEXT + _GAP
+  full_h = top + cell_h + 2 * _GAP + pitch_y * len(group) + 6
+
+  fig = style.new_figure(full_w / style.DPI, full_h / style.DPI)
+  fig.set_layout_engine("none")
+  ax = fig.add_axes((0, 0, 1, 1))
+  ax.set_xlim(0, full_w)
+  ax.set_ylim(full_h, 0)
+  ax.axis("off")
+
+  def write(
+    x: float, y: float, text: str, size: float = 8.5, **kw: Any
+  ) -> None:
+    kw = {"color": style.INK, "va": "top", **kw}
+    ax.text(x, y, text, fontsize=size, **kw)
+
+  def place(image: np.ndarray, x: float, y: float) -> None:
+    pixels = np.clip(np.nan_to_num(image), 0, 1)
+    if pixels.shape[-1] == 1:
+      pixels = np.repeat(pixels, 3, axis=-1)
+    ax.imshow(
+      pixels,
+      extent=(x, x + cell_w, y + cell_h, y),
+      interpolation="nearest",
+      aspect="auto",
+    )
+
+  title = f"{first.attack}, round {first.round}"
+  write(_MARGIN, _MARGIN, title, 12, weight="bold")
+  for i, text in enumerate(heading):
+    write(_MARGIN, _MARGIN + 48 + 32 * i, text, 9, color=style.MUTED)
+  columns = [_LEFT + i * pitch_x for i in range(count)]
+  for i, x in enumerate(columns):
+    place(first.original[i], x, top)
+    write(x, top - 30, f"label {first.label[i]}", 8, color=style.MUTED)
+  write(_MARGIN, top + cell_h / 2, "original", 10, va="center", weight="bold")
+
+  several = len({s.knowledge for s in group}) > 1
+  said = []
+  for row, s in enumerate(group):
+    y = top + cell_h + 2 * _GAP + row * pitch_y
+    look = known.get(s.defense) or style.Style(s.defense, style.INK, "o")
+    ax.plot(
+      [_MARGIN + 9], [y + cell_h / 2], look.marker, color=look.color, ms=7
+    )
+    name = style.wrapped(look.label)
+    if several:
+      name += f"\n{s.knowledge}"
+    write(_MARGIN + 32, y + cell_h / 2, name, 10, va="center", linespacing=1.3)
+    psnr = metrics.psnr_db(s.original[:count], s.reconstruction[:count])
+    ssim = metrics.ssim(s.original[:count], s.reconstruction[:count])
+    for i, x in enumerate(columns):
+      good = psnr[i] >= metrics.SUCCESS_DB
+      place(s.reconstruction[i], x, y)
+      if good:
+        ax.add_patch(
+          patches.Rectangle(
+            (x - 3, y - 3),
+            cell_w + 6,
+            cell_h + 6,
+            fill=False,
+            edgecolor=style.ALERT,
+            linewidth=1.4,
+          )
+        )
+      write(
+        x,
+        y + cell_h + 6,
+        f"{psnr[i]:.1f} dB",
+        weight="bold" if good else "normal",
+        color=style.ALERT if good else style.INK,
+      )
+      write(x, y + cell_h + 33, f"SSIM {ssim[i]:.2f}", 7.5, color=style.MUTED)
+    good_count = int(np.sum(psnr >= metrics.SUCCESS_DB))
+    said.append(
+      f"{s.defense} ({s.knowledge}): {good_count} of {count} at"
+      f" {metrics.SUCCESS_DB:.0f} dB or better, median"
+      f" {np.median(psnr):.1f} dB"
+    )
+  caption = f"Framed and bold: PSNR of {metrics.SUCCESS_DB:.0f} dB or better."
+  if total > count:
+    caption += f" The first {count} of {total} images."
+  return Drawn(
+    figure=fig,
+    title=title,
+    alt=(
+      "Grid of images: the originals in the first row, below them what the"
+      " attack rebuilt. " + "; ".join(said) + "."
+    ),
+    caption=caption,
+    width=round(full_w / 2),
+  )

@@ -1,0 +1,170 @@
+"""Reads a run's folder; nothing else in the report touches the run."""
+
+from collections.abc import Iterator
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpqfl_jax import errors
+
+
+class Reconstructions(NamedTuple):
+  """The images of one attack on one defence in one round.
+
+  Attributes:
+    attack, knowledge, defense: names, as in `attacks.jsonl`.
+    round: the round of the attacked updates.
+    original, reconstruction: [n, height, width, channels], float32 in [0, 1],
+      in one order.
+    label, recovered_label, client: [n], int.
+  """
+
+  attack: str
+  knowledge: str
+  defense: str
+  round: int
+  original: np.ndarray
+  reconstruction: np.ndarray
+  label: np.ndarray
+  recovered_label: np.ndarray
+  client: np.ndarray
+
+
+class Run(NamedTuple):
+  """A run's folder in memory.
+
+  Attributes:
+    folder: where it lies.
+    config: `config.json`.
+    summary: `summary.json`.
+    rounds: the lines of `metrics.jsonl`, none for an `attack` task.
+    attacks: the lines of `attacks.jsonl`, none where no attack was set.
+    reconstructions: one an npz file, in the order of the defences.
+  """
+
+  folder: pathlib.Path
+  config: dict[str, Any]
+  summary: dict[str, Any]
+  rounds: list[dict[str, Any]]
+  attacks: list[dict[str, Any]]
+  reconstructions: list[Reconstructions]
+
+
+class Cell(NamedTuple):
+  """One attack on one defence, as `summary.json` has it.
+
+  Attributes:
+    attack, knowledge: names.
+    psnr_db_median, psnr_db_max, ssim_median, success_rate: its values; None
+      where the run wrote null.
+  """
+
+  attack: str
+  knowledge: str
+  psnr_db_median: float | None
+  psnr_db_max: float | None
+  ssim_median: float | None
+  success_rate: float | None
+
+
+def read(run_dir: str | pathlib.Path) -> Run:
+  """Reads the files of a finished run.
+
+  Args:
+    run_dir: the run's folder.
+
+  Raises:
+    UserError: the folder holds no finished run, or a file is not what its
+      name says.
+  """
+  folder = pathlib.Path(run_dir)
+  for name in ("config.json", "summary.json"):
+    if not (folder / name).is_file():
+      raise errors.UserError(
+        f"{folder} holds no {name}; expected the --output_dir of a finished"
+        " run."
+      )
+  config = _json(folder / "config.json")
+  summary = _json(folder / "summary.json")
+  if not summary.get("defenses"):
+    raise errors.UserError(
+      f"{folder / 'summary.json'} names no defenses; expected the summary of"
+      " a train or an attack task."
+    )
+  place = {name: i for i, name in enumerate(summary["defenses"])}
+  sets = [
+    _reconstructions(p) for p in sorted(folder.glob("reconstructions/*.npz"))
+  ]
+  sets.sort(key=lambda s: place.get(s.defense, len(place)))
+  return Run(
+    folder=folder,
+    config=config,
+    summary=summary,
+    rounds=_lines(folder / "metrics.jsonl"),
+    attacks=_lines(folder / "attacks.jsonl"),
+    reconstructions=sets,
+  )
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as e:
+    raise errors.UserError(f"{path} is not JSON: {e}.") from e
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  if not path.is_file():
+    return []
+  out = []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+      out.append(json.loads(line))
+    except json.JSONDecodeError as e:
+      raise errors.UserError(f"{path}, line {number}, is not JSON: {e}.") from e
+  return out
+
+
+def _reconstructions(path: pathlib.Path) -> Reconstructions:
+  with np.load(path) as file:
+    missing = sorted(set(Reconstructions._fields) - set(file.files))
+    if missing:
+      raise errors.UserError(f"{path} lacks {', '.join(missing)}.")
+    values = {name: file[name] for name in Reconstructions._fields}
+  for name in ("attack", "knowledge", "defense"):
+    values[name] = str(values[name])
+  values["round"] = int(values["round"])
+  return Reconstructions(**values)
+
+
+def cells(entry: dict[str, Any]) -> Iterator[Cell]:
+  """The attacks on one defence.
+
+  Args:
+    entry: a value of `summary["defenses"]`.
+  """
+  for attack, regimes in (entry.get("attacks") or {}).items():
+    for knowledge, values in regimes.items():
+      yield Cell(
+        attack, knowledge, *(values.get(name) for name in Cell._fields[2:])
+      )
+
+
+def strongest(entry: dict[str, Any]) -> Cell | None:
+  """The attack with the highest median PSNR, None where there was none."""
+  known = [c for c in cells(entry) if c.psnr_db_median is not None]
+  return max(known, key=lambda c: c.psnr_db_median or 0.0, default=None)
+
+
+def setting(config: dict[str, Any], name: str) -> Any:
+  """The value of a flag, at whatever depth `config.json` holds it, or None."""
+  if name in config:
+    return config[name]
+  for value in config.values():
+    if isinstance(value, dict):
+      found = setting(value, name)
+      if found is not None:
+        return found
+  return None

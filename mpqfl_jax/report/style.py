@@ -1,0 +1,214 @@
+"""Colours, markers and the placing of labels, shared by all figures.
+
+The colours are Okabe and Ito's ("Color universal design", 2008) without the
+yellow, which is too pale for a line on white; each also has a marker, so that
+no figure depends on colour alone.
+"""
+
+from collections.abc import Iterable, Sequence
+import itertools
+from typing import NamedTuple
+
+from matplotlib import axes as mpl_axes
+from matplotlib import figure as mpl_figure
+from matplotlib import text as mpl_text
+from matplotlib import transforms as mpl_transforms
+from matplotlib.backends import backend_agg
+import numpy as np
+
+INK = "#1c1e21"
+MUTED = "#5c6370"
+RULE = "#d9dce1"
+ALERT = "#b3261e"
+DPI = 200
+
+_COLORS = (
+  "#1c1e21",
+  "#0072b2",
+  "#009e73",
+  "#d55e00",
+  "#b8579a",
+  "#c98500",
+  "#3fa3de",
+  "#7d5ba6",
+  "#7a5230",
+)
+_MARKERS = ("o", "s", "D", "v", "P", "^", "X", "p", "<", "h", ">")
+# The slots that these names take wherever they occur; others fill the gaps.
+_SLOTS = {
+  "none": 0,
+  "paper": 1,
+  "mixed_random": 2,
+  "int2": 3,
+  "prune": 4,
+  "dp_gaussian": 5,
+  "int4": 6,
+  "int8": 7,
+  "he": 8,
+}
+
+
+class Style(NamedTuple):
+  """How one defence is drawn in every figure.
+
+  Attributes:
+    label: its name, without parameters where those are not needed to tell it
+      from the run's other defences.
+    color: hexadecimal.
+    marker: Matplotlib's.
+  """
+
+  label: str
+  color: str
+  marker: str
+
+
+def styles(defenses: Iterable[str]) -> dict[str, Style]:
+  """One style for each defence of a run.
+
+  Args:
+    defenses: names, with or without parameters.
+  """
+  names = list(defenses)
+  families = [family(name) for name in names]
+  slots: dict[str, int] = {}
+  for name, base in zip(names, families, strict=True):
+    slot = _SLOTS.get(base)
+    if slot is not None and slot not in slots.values():
+      slots[name] = slot
+  free = (k for k in itertools.count() if k not in slots.values())
+  for name in names:
+    if name not in slots:
+      slots[name] = next(free)
+  return {
+    name: Style(
+      label=base if families.count(base) == 1 else name,
+      color=_COLORS[slots[name] % len(_COLORS)],
+      marker=_MARKERS[slots[name] % len(_MARKERS)],
+    )
+    for name, base in zip(names, families, strict=True)
+  }
+
+
+def family(defense: str) -> str:
+  """The name without its parameters."""
+  return defense.split("(")[0]
+
+
+def wrapped(label: str) -> str:
+  """A long name with its parameters on lines of their own."""
+  if len(label) <= 16:
+    return label
+  return label.replace("(", "\n(", 1).replace(",", ",\n")
+
+
+def new_figure(width: float, height: float) -> mpl_figure.Figure:
+  """A figure with an Agg canvas of its own, sizes in inches."""
+  fig = mpl_figure.Figure(
+    figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained"
+  )
+  backend_agg.FigureCanvasAgg(fig)
+  return fig
+
+
+def clean(ax: mpl_axes.Axes, grid: str = "both") -> None:
+  """Takes away the frame, leaves a light grid, sets readable ticks."""
+  ax.spines[["top", "right"]].set_visible(False)
+  ax.spines[["left", "bottom"]].set_color(RULE)
+  ax.tick_params(labelsize=9, color=RULE, labelcolor=MUTED)
+  ax.grid(True, axis=grid, color=RULE, linewidth=0.6)
+  ax.set_axisbelow(True)
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+  """Moves positions apart as little as needed, keeping their order.
+
+  Args:
+    positions: along one axis, in any order.
+    gap: the smallest distance allowed.
+
+  Returns:
+    New positions: the least-squares solution (pooling of adjacent violators).
+  """
+  order = np.argsort(positions, kind="stable")
+  # With the gaps taken out, "apart" becomes "not decreasing".
+  flat = np.asarray(positions, float)[order] - gap * np.arange(len(order))
+  blocks: list[tuple[float, int]] = []
+  for value in flat:
+    blocks.append((value, 1))
+    while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+      (b, m), (a, n) = blocks.pop(), blocks.pop()
+      blocks.append(((a * n + b * m) / (n + m), n + m))
+  out = np.empty(len(order))
+  pooled = np.repeat([v for v, _ in blocks], [n for _, n in blocks])
+  out[order] = pooled + gap * np.arange(len(order))
+  return list(out)
+
+
+def label_points(
+  ax: mpl_axes.Axes,
+  points: Sequence[tuple[float, float]],
+  labels: Sequence[str],
+  obstacles: Sequence[mpl_text.Text] = (),
+) -> None:
+  """Writes each point's label beside it, where nothing else is.
+
+  Args:
+    ax: with its final limits and size.
+    points: data coordinates.
+    labels: one a point.
+    obstacles: text that is already there.
+  """
+  renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+  scale = ax.figure.dpi / 72
+  frame = ax.get_window_extent(renderer)
+  pixels = ax.transData.transform(np.asarray(points))
+  taken = [t.get_window_extent(renderer).padded(4) for t in obstacles]
+  taken += [
+    mpl_transforms.Bbox.from_bounds(x, y, 0, 0).padded(5 * scale)
+    for x, y in pixels
+  ]
+  for (px, py), point, label in zip(pixels, points, labels, strict=True):
+    best: tuple[float, mpl_text.Annotation] | None = None
+    for radius, (dx, dy) in itertools.product(
+      (9, 16, 26, 38, 52),
+      ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)),
+    ):
+      long = radius > 16
+      note = ax.annotate(
+        label,
+        point,
+        xytext=(radius * dx, radius * dy * 0.9),
+        textcoords="offset points",
+        ha=("center", "left", "right")[dx],
+        va=("center", "bottom", "top")[dy],
+        fontsize=9,
+        color=INK,
+        arrowprops={
+          "arrowstyle": "-",
+          "color": MUTED,
+          "linewidth": 0.6,
+          "shrinkA": 0,
+          "shrinkB": 3,
+        }
+        if long
+        else None,
+      )
+      # The leader line is not part of the text's own box.
+      box = mpl_text.Text.get_window_extent(note, renderer)
+      cost = sum(_overlap(box, other) for other in taken)
+      cost += box.width * box.height - _overlap(box, frame)
+      cost += radius * scale
+      if best is None or cost < best[0]:
+        if best is not None:
+          best[1].remove()
+        best = (cost, note)
+      else:
+        note.remove()
+    assert best is not None
+    taken.append(mpl_text.Text.get_window_extent(best[1], renderer).padded(2))
+
+
+def _overlap(a: mpl_transforms.Bbox, b: mpl_transforms.Bbox) -> float:
+  both = mpl_transforms.Bbox.intersection(a, b)
+  return 0.0 if both is None else both.width * both.height
