@@ -9,9 +9,9 @@ slower by an order of magnitude again. The forms here avoid each of these:
   xla        `jax.lax.conv_general_dilated` as it is: GPU and TPU.
   canonical  XLA's convolution with both gradients written as convolutions in
              the canonical layout: loops over clients on a CPU, many channels.
-  slices     shifted slices of the padded input side by side, one matrix product:
-             `vmap` over kernels turns it into a batched product, and its second
-             derivatives, which attacks need, stay products.
+  slices     shifted slices of the padded input side by side and one matrix
+             product: `vmap` over kernels makes it a batched product, and its
+             second derivatives, which attacks need, stay products.
   planes     the same with channels before positions, so that the copies are
              long and contiguous: few channels.
 

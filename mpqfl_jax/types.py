@@ -44,32 +44,77 @@ class Model(NamedTuple):
 
 
 class Examples(NamedTuple):
-  """Labelled images, as they lie on the device: whole, once.
+  """The training set on the device, once, and who holds which part of it.
 
   Attributes:
     x: [examples, height, width, channels], uint8.
     y: [examples], int32.
+    order: [examples], int32: client k holds the rows
+      `order[offset[k] : offset[k] + size[k]]`.
   """
 
   x: Array
   y: Array
+  order: Array
 
 
-class ClientBatch(NamedTuple):
-  """A cohort described by indices into `Examples`, never by copies of images.
+class Cohort(NamedTuple):
+  """Clients of one round, described by where their examples lie.
 
   Attributes:
-    index: [clients, steps, batch], int32, rows of the training set.
-    mask: [clients, steps, batch], float32, 0 where a row is padding.
-    weight: [clients], float32, the client's weight in the mean (its number of
-      examples), 0 where the whole client is padding.
-    client_id: [clients], int32, -1 where the whole client is padding.
+    client_id: [clients], int32, -1 where the entry is padding.
+    offset: [clients], int32, start of the client's part of `Examples.order`.
+    size: [clients], int32, its number of examples, 0 for padding. It is also
+      the client's weight in the mean.
   """
 
-  index: Array
-  mask: Array
-  weight: Array
   client_id: Array
+  offset: Array
+  size: Array
+
+
+class ClientResult(NamedTuple):
+  """What one client's local training yields.
+
+  Attributes:
+    update: params - local params, float32.
+    loss: [] float32, the mean loss over the examples it visited.
+  """
+
+  update: Update
+  loss: Array
+
+
+class RoundAux(NamedTuple):
+  """What a round reports about its clients, in the cohort's order.
+
+  Attributes:
+    loss: [clients], float32, mean local training loss.
+    update_norm: [clients], float32, L2 norm of the decoded update.
+    uplink_bytes: [clients], int32, length of the packed payload.
+    accepted: [clients], bool: took part in the mean.
+    payloads: the watched clients' payloads, leading axis [watched].
+  """
+
+  loss: Array
+  update_norm: Array
+  uplink_bytes: Array
+  accepted: Array
+  payloads: Payload
+
+
+class FederatedAlgorithm(NamedTuple):
+  """Federated training as two pure functions.
+
+  Attributes:
+    init: key -> server state.
+    round: (server_state, examples, cohort, watched[watched] int32 client ids,
+      key) -> (server_state, RoundAux). Watching changes nothing: the program is
+      the same whoever is watched, -1 for nobody.
+  """
+
+  init: Callable[[Key], PyTree]
+  round: Callable[..., tuple[PyTree, RoundAux]]
 
 
 class UpdateTransform(NamedTuple):

@@ -1,0 +1,346 @@
+"""How a cohort is executed: one after another, side by side, over devices.
+
+Every plan gives the same numbers, up to the order of float32 sums: a client's
+randomness depends on the round and on its id, never on where it runs. Updates
+are accumulated as they are decoded, so that memory does not grow with the
+cohort.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+
+from mpqfl_jax import aggregate, errors, specs
+from mpqfl_jax.types import (
+  Array,
+  Cohort,
+  Examples,
+  Key,
+  Params,
+  Payload,
+  PyTree,
+  RoundAux,
+  Update,
+)
+
+AXIS = "clients"
+
+
+class Plan(NamedTuple):
+  """How many clients run side by side on a device.
+
+  Attributes:
+    name: what the flag said, or what `auto` picked: `loop`, `vmap`, `chunk`.
+    size: clients side by side; 1 is a loop, 0 is all of them.
+    conv: the form of convolution that is fast under this plan.
+    reason: why, for `config.json`.
+  """
+
+  name: str
+  size: int
+  conv: str
+  reason: str
+
+
+def plan(spec: str, backend: str) -> Plan:
+  """Resolves `--plan`.
+
+  Args:
+    spec: `auto`, `loop`, `vmap` or `chunk(size=8)`.
+    backend: `cpu`, `gpu` or `tpu`.
+
+  Raises:
+    UserError: no such plan, or a chunk size below 1.
+  """
+  name, params = specs.parse(spec)
+
+  def named(why: str, name: str, size: int) -> Plan:
+    on_cpu = backend == "cpu"
+    if size == 1:
+      return Plan(name, size, "canonical" if on_cpu else "xla", why)
+    return Plan(name, size, "slices", why)
+
+  def auto() -> Plan:
+    if backend == "cpu":
+      return named(
+        "cpu: one client at a time keeps the convolutions fast", "loop", 1
+      )
+    return named(
+      f"{backend}: 32 clients side by side fill the device while memory "
+      "stays bounded",
+      "chunk",
+      32,
+    )
+
+  def chunk(size: int = 8) -> Plan:
+    if not isinstance(size, int) or size < 1:
+      raise errors.UserError(
+        f"chunk(size={size}) is not a plan. Expected a whole number from 1."
+      )
+    return named("asked for", "chunk", size)
+
+  plans: dict[str, Callable] = {
+    "auto": auto,
+    "loop": lambda: named("asked for", "loop", 1),
+    "vmap": lambda: named("asked for", "vmap", 0),
+    "chunk": chunk,
+  }
+  if name not in plans:
+    raise errors.unknown_name("plan", name, plans)
+  return specs.call(f"plan {name}", plans[name], params)
+
+
+def mesh(num_devices: int | None = None) -> Mesh:
+  """A one-dimensional mesh named `clients` over the first devices.
+
+  Args:
+    num_devices: how many; all of them where None.
+
+  Raises:
+    UserError: there are not that many.
+  """
+  devices = jax.devices()
+  count = len(devices) if num_devices is None else num_devices
+  if not 1 <= count <= len(devices):
+    raise errors.UserError(
+      f"--devices={count}, but this machine has {len(devices)} "
+      f"{devices[0].platform} device(s). Expected 1 to {len(devices)}."
+    )
+  return Mesh(np.array(devices[:count]), (AXIS,))
+
+
+class ClientOutput(NamedTuple):
+  """What one client's turn yields, server side decoding included."""
+
+  update: Update
+  payload: Payload
+  state: PyTree
+  loss: Array
+  uplink_bytes: Array
+
+
+# (params, examples, client as a Cohort of scalars, state, round key)
+ClientFn = Callable[[Params, Examples, Cohort, PyTree, Key], ClientOutput]
+
+
+class CohortResult(NamedTuple):
+  """The mean of the accepted updates, the clients' new states, the report."""
+
+  mean: Update
+  states: PyTree
+  aux: RoundAux
+
+
+def pad(cohort: Cohort, multiple: int) -> Cohort:
+  """Fills the cohort up with clients of id -1, no examples and no weight."""
+  missing = -len(cohort.client_id) % multiple
+  fill = Cohort(client_id=-1, offset=0, size=0)
+  return jax.tree.map(
+    lambda leaf, value: jnp.pad(leaf, (0, missing), constant_values=value),
+    cohort,
+    fill,
+  )
+
+
+def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
+  """Builds the compiled part of a round: all clients, then the mean.
+
+  Args:
+    client_fn: one client's turn.
+    plan: how many clients run side by side on a device.
+    mesh: the devices.
+
+  Returns:
+    (params, examples, cohort, states[clients, ...], watched[watched], key) ->
+    CohortResult. The cohort's length is free; it is padded inside.
+  """
+
+  def turn(params, examples, client, state, key):
+    out = client_fn(params, examples, client, state, key)
+    finite = aggregate.is_finite(out.update)
+    weight = jnp.where(finite, client.size, 0).astype(jnp.float32)
+    return out, weight
+
+  def one(params, examples, key, total, client, state):
+    out, weight = turn(params, examples, client, state, key)
+    return aggregate.accumulate(total, out.update, weight), out, weight
+
+  def side_by_side(params, examples, key, total, clients, states):
+    out, weight = jax.vmap(turn, (None, None, 0, 0, None))(
+      params, examples, clients, states, key
+    )
+    safe = jax.tree.map(
+      lambda u: jnp.where(weight.reshape(-1, *[1] * (u.ndim - 1)) > 0, u, 0.0),
+      out.update,
+    )
+    total = jax.tree.map(
+      lambda t, u: t + jnp.tensordot(weight, u, 1), total, safe
+    )
+    return total, out, weight
+
+  def on_device(params, examples, cohort, states, watched, key):
+    count = len(cohort.client_id)
+    size = count if plan.size == 0 else plan.size
+    step = one if size == 1 else side_by_side
+    if size > 1:
+      cohort, states = jax.tree.map(
+        lambda leaf: leaf.reshape(count // size, size, *leaf.shape[1:]),
+        (cohort, states),
+      )
+
+    def body(carry, client_and_state):
+      total, total_weight, slots = carry
+      client, state = client_and_state
+      total, out, weight = step(params, examples, key, total, client, state)
+      slots = _record(slots, out.payload, client.client_id, watched)
+      norms = jnp.sqrt(_per_client_squared_norm(out.update, weight.ndim))
+      report = (out.loss, norms, out.uplink_bytes, weight > 0)
+      return (total, total_weight + jnp.sum(weight), slots), (out.state, report)
+
+    payload = jax.eval_shape(
+      lambda c, s: step(params, examples, key, params, c, s)[1].payload,
+      *jax.tree.map(lambda leaf: leaf[0], (cohort, states)),
+    )
+    slots = jax.tree.map(
+      lambda leaf: jnp.zeros(
+        (len(watched), *leaf.shape[int(size > 1) :]), leaf.dtype
+      ),
+      payload,
+    )
+    start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), slots)
+    (total, total_weight, slots), (states, report) = lax.scan(
+      body, start, (cohort, states)
+    )
+    states, report = jax.tree.map(
+      lambda leaf: leaf.reshape(count, *leaf.shape[1 + int(size > 1) :]),
+      (states, report),
+    )
+    mean = aggregate.mean(lax.psum(total, AXIS), lax.psum(total_weight, AXIS))
+    # A client runs on one device: everywhere else its slot is zero, so that a
+    # sum of bits hands the payload over exactly.
+    slots = jax.tree.map(_psum_bits, slots)
+    return mean, states, RoundAux(*report, payloads=slots)
+
+  split, whole = PartitionSpec(AXIS), PartitionSpec()
+  sharded = jax.shard_map(
+    on_device,
+    mesh=mesh,
+    in_specs=(whole, whole, split, split, whole, whole),
+    out_specs=(whole, split, RoundAux(split, split, split, split, whole)),
+    # The carries start as replicated zeros and end as each device's own.
+    check_vma=False,
+  )
+
+  def run(params, examples, cohort, states, watched, key):
+    count = len(cohort.client_id)
+    devices = mesh.devices.size
+    size = -(-count // devices) if plan.size == 0 else plan.size
+    padded = pad(cohort, devices * size)
+    states = jax.tree.map(
+      lambda leaf: jnp.pad(
+        leaf,
+        [(0, len(padded.client_id) - count)] + [(0, 0)] * (leaf.ndim - 1),
+      ),
+      states,
+    )
+    mean, states, aux = sharded(params, examples, padded, states, watched, key)
+    cut = functools.partial(jax.tree.map, lambda leaf: leaf[:count])
+    payloads = aux.payloads
+    aux = RoundAux(*cut(aux[:-1]), payloads=payloads)
+    return CohortResult(mean, cut(states), aux)
+
+  return run
+
+
+def _per_client_squared_norm(update: Update, batch_dims: int) -> Array:
+  squares = jax.tree.map(
+    lambda u: jnp.sum(u * u, axis=tuple(range(batch_dims, u.ndim))), update
+  )
+  return sum(jax.tree.leaves(squares))
+
+
+def _record(slots: Payload, payload: Payload, ids: Array, watched: Array):
+  """Writes the payload of each watched client into its slot."""
+  ids = jnp.atleast_1d(ids)
+
+  def write(slots):
+    hit = (watched[:, None] == ids[None, :]) & (watched[:, None] >= 0)
+    found, which = jnp.any(hit, 1), jnp.argmax(hit, 1)
+
+    def leaf(slot, value):
+      value = value.reshape(len(ids), *slot.shape[1:])[which]
+      mask = found.reshape(-1, *[1] * (slot.ndim - 1))
+      return jnp.where(mask, value, slot)
+
+    return jax.tree.map(leaf, slots, payload)
+
+  if watched.shape[0] == 0:
+    return slots
+  seen = jnp.any((watched[:, None] == ids[None, :]) & (ids >= 0)[None, :])
+  return lax.cond(seen, write, lambda slots: slots, slots)
+
+
+def _psum_bits(leaf: Array) -> Array:
+  if leaf.dtype == jnp.bool_:
+    return lax.psum(leaf.astype(jnp.uint8), AXIS).astype(jnp.bool_)
+  bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+  whole = lax.psum(lax.bitcast_convert_type(leaf, bits), AXIS)
+  return lax.bitcast_convert_type(whole, leaf.dtype)
+
+
+def evaluate(model, mesh: Mesh, x: np.ndarray, y: np.ndarray) -> Callable:
+  """Builds params -> (mean loss, accuracy) over a test set that is kept there.
+
+  Args:
+    model: the classifier.
+    mesh: the test set is spread over its devices.
+    x: [examples, height, width, channels] uint8.
+    y: [examples] int32.
+  """
+  # Small batches bound the memory of the convolutions' patches.
+  batch = 125
+  blocks = -(-len(x) // (batch * mesh.devices.size)) * mesh.devices.size
+  fill = blocks * batch - len(x)
+  x = np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1))
+  mask = np.pad(np.ones(len(y), np.float32), (0, fill))
+  y = np.pad(y, (0, fill))
+  data = jax.tree.map(
+    lambda leaf: leaf.reshape(blocks, batch, *leaf.shape[1:]), (x, y, mask)
+  )
+  split = PartitionSpec(AXIS)
+  data = jax.device_put(data, jax.sharding.NamedSharding(mesh, split))
+
+  def on_device(params, data):
+    def block(carry, xym):
+      images, labels, mask = xym
+      logits = model.apply(params, images.astype(jnp.float32) / 255.0)
+      log_probs = jax.nn.log_softmax(logits)
+      losses = -jnp.take_along_axis(log_probs, labels[:, None], 1)[:, 0]
+      hits = jnp.argmax(logits, -1) == labels
+      sums = jnp.stack([jnp.sum(mask * losses), jnp.sum(mask * hits)])
+      return carry + sums, None
+
+    sums, _ = lax.scan(block, jnp.zeros(2), data)
+    return lax.psum(sums, AXIS) / jnp.float32(len(x) - fill)
+
+  sharded = jax.jit(
+    jax.shard_map(
+      on_device,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), split),
+      out_specs=PartitionSpec(),
+      check_vma=False,
+    )
+  )
+
+  def run(params) -> tuple[float, float]:
+    loss, accuracy = np.asarray(sharded(params, data))
+    return float(loss), float(accuracy)
+
+  return run

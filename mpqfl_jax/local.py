@@ -1,0 +1,200 @@
+"""What a client computes: batches of its own examples, SGD or one gradient.
+
+A client is described by (offset, size) into `Examples.order`. Its batches are
+drawn inside the compiled program, so that a round needs nothing of the host but
+the ids of its clients. Steps beyond a client's own are not executed at all
+where clients run in a loop, and masked where they run side by side.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from mpqfl_jax import models, trees
+from mpqfl_jax.types import (
+  Array,
+  ClientResult,
+  Examples,
+  Key,
+  Model,
+  Params,
+  PyTree,
+)
+
+
+class Schedule(NamedTuple):
+  """How a client goes through its examples.
+
+  Attributes:
+    batch_size: examples a step; an epoch's last batch may hold fewer.
+    max_examples: the largest client's number of examples.
+    epochs: passes over the client's examples.
+    steps: number of steps instead of epochs; epochs follow one another.
+  """
+
+  batch_size: int
+  max_examples: int
+  epochs: int = 1
+  steps: int | None = None
+
+  def num_steps(self, size: Array) -> Array:
+    """Steps that a client of `size` examples takes, 0 for an empty one."""
+    if self.steps is not None:
+      return jnp.where(size > 0, self.steps, 0)
+    return self.epochs * self._steps_per_epoch(size)
+
+  def _steps_per_epoch(self, size: Array) -> Array:
+    return -(-size // self.batch_size)
+
+  def _permutation(self, key: Key, epoch: Array, size: Array) -> Array:
+    """[max_examples] int32: the epoch's order of its examples."""
+    draw = jax.random.uniform(
+      jax.random.fold_in(key, epoch), (self.max_examples,)
+    )
+    slot = jnp.arange(self.max_examples)
+    return jnp.argsort(jnp.where(slot < size, draw, 2.0))
+
+  def fold(
+    self,
+    fn: Callable,
+    carry: PyTree,
+    key: Key,
+    offset: Array,
+    size: Array,
+    order: Array,
+  ) -> PyTree:
+    """Folds `fn(carry, step, rows[batch], mask[batch])` over the batches.
+
+    Args:
+      fn: returns the new carry.
+      carry: the first one.
+      key: the client's key for its batches.
+      offset: [] int32, where its part of `order` starts.
+      size: [] int32, its number of examples.
+      order: [examples] int32.
+
+    Returns:
+      The last carry.
+    """
+    per_epoch = jnp.maximum(self._steps_per_epoch(size), 1)
+
+    def body(step, state):
+      permutation, carry = state
+      epoch, batch = step // per_epoch, step % per_epoch
+      permutation = lax.cond(
+        batch == 0,
+        lambda: self._permutation(key, epoch, size),
+        lambda: permutation,
+      )
+      slot = batch * self.batch_size + jnp.arange(self.batch_size)
+      mask = slot < size
+      rows = order[offset + permutation[jnp.where(mask, slot, 0)]]
+      return permutation, fn(carry, step, rows, mask.astype(jnp.float32))
+
+    start = (jnp.zeros(self.max_examples, jnp.int32), carry)
+    return lax.fori_loop(0, self.num_steps(size), body, start)[1]
+
+  def rows(
+    self, key: Key, offset: Array, size: Array, order: Array, steps: int
+  ) -> tuple[Array, Array]:
+    """The batches that `fold` visits: rows and mask, [steps, batch] each."""
+    shape = (steps, self.batch_size)
+
+    def record(carry, step, rows, mask):
+      return carry[0].at[step].set(rows), carry[1].at[step].set(mask)
+
+    empty = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    return self.fold(record, empty, key, offset, size, order)
+
+
+def images(examples: Examples, rows: Array) -> Array:
+  """The rows' images as float32 in [0, 1]."""
+  return examples.x[rows].astype(jnp.float32) / 255.0
+
+
+# (params, examples, offset, size, key) -> ClientResult
+LocalTraining = Callable[[Params, Examples, Array, Array, Key], ClientResult]
+
+
+def sgd(
+  model: Model, optimizer: optax.GradientTransformation, schedule: Schedule
+) -> LocalTraining:
+  """Local training: FedAvg's client update.
+
+  Source: McMahan et al. 2017, algorithm 1, ClientUpdate.
+
+  Args:
+    model: the classifier.
+    optimizer: the client's optimiser; its state starts afresh each round.
+    schedule: epochs or steps, and the batch size.
+
+  Returns:
+    (params, examples, offset [], size [], key) -> ClientResult.
+  """
+
+  def train(params, examples, offset, size, key):
+    def batch_loss(local, rows, mask):
+      losses = models.cross_entropy(
+        model, local, images(examples, rows), examples.y[rows]
+      )
+      return jnp.sum(mask * losses) / jnp.sum(mask)
+
+    def step(carry, _, rows, mask):
+      local, state, loss, count = carry
+      value, grad = jax.value_and_grad(batch_loss)(local, rows, mask)
+      change, state = optimizer.update(grad, state, local)
+      local = optax.apply_updates(local, change)
+      seen = jnp.sum(mask)
+      return local, state, loss + seen * value, count + seen
+
+    zero = jnp.float32(0)
+    start = (params, optimizer.init(params), zero, zero)
+    local, _, loss, count = schedule.fold(
+      step, start, key, offset, size, examples.order
+    )
+    update = trees.subtract(params, local)
+    return ClientResult(update, loss / jnp.maximum(count, 1))
+
+  return train
+
+
+def gradient(
+  model: Model, learning_rate: float, schedule: Schedule
+) -> LocalTraining:
+  """One gradient over all of the client's examples: FedSGD.
+
+  Source: McMahan et al. 2017, section 2, FederatedSGD.
+
+  Args:
+    model: the classifier.
+    learning_rate: the update is this times the mean gradient, as if the client
+      had taken one step, so that both algorithms share a server.
+    schedule: one epoch; its batches only bound the memory.
+
+  Returns:
+    (params, examples, offset [], size [], key) -> ClientResult.
+  """
+  schedule = schedule._replace(epochs=1, steps=None)
+
+  def train(params, examples, offset, size, key):
+    def batch_sum(params, rows, mask):
+      losses = models.cross_entropy(
+        model, params, images(examples, rows), examples.y[rows]
+      )
+      return jnp.sum(mask * losses)
+
+    def step(carry, _, rows, mask):
+      total, loss = carry
+      value, grad = jax.value_and_grad(batch_sum)(params, rows, mask)
+      return trees.add(total, grad), loss + value
+
+    start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
+    total, loss = schedule.fold(step, start, key, offset, size, examples.order)
+    count = jnp.maximum(size, 1).astype(jnp.float32)
+    return ClientResult(trees.scale(learning_rate / count, total), loss / count)
+
+  return train
