@@ -8,7 +8,6 @@ decoded once: the pixels are kept as memory-mapped arrays in a user cache
 `~/.cache/mpqfl_jax`), because the TFDS folder may be read-only.
 """
 
-from collections.abc import Callable
 import hashlib
 import importlib.util
 import io
@@ -330,7 +329,9 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
     x = _open_cached(x_path, np.uint8, (size, *info.image_shape))
     y = _open_cached(y_path, np.int32, (size,))
     if x is None or y is None:
-      _decode(folder, split, size, info.image_shape, x_path, y_path)
+      decoded = _decode(folder, split, size, info.image_shape)
+      for path, array in zip((x_path, y_path), decoded, strict=True):
+        _write_atomically(path, array)
       x = _open_cached(x_path, np.uint8, (size, *info.image_shape))
       y = _open_cached(y_path, np.int32, (size,))
       if x is None or y is None:
@@ -451,43 +452,33 @@ def _prepare(name: str, root: pathlib.Path) -> None:
 
 
 def _decode(
-  folder: pathlib.Path,
-  split: str,
-  size: int,
-  image_shape: tuple[int, int, int],
-  x_path: pathlib.Path,
-  y_path: pathlib.Path,
-) -> None:
-  """Decodes one split into a pair of cached arrays."""
+  folder: pathlib.Path, split: str, size: int, image_shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Decodes one split into images (uint8) and labels (int32)."""
   tfds = _import_tfds()
+  # In memory, not in the mapped file: a full disk is then an error, where
+  # writing through a map would kill the process.
+  x = np.empty((size, *image_shape), np.uint8)
   y = np.empty(size, np.int32)
-
-  def fill(x_file: pathlib.Path) -> None:
-    x = np.lib.format.open_memmap(
-      x_file, mode="w+", dtype=np.uint8, shape=(size, *image_shape)
-    )
-    try:
-      # From files alone: no builder code and no look-up in a bucket.
-      builder = tfds.builder_from_directory(str(folder))
-      source = builder.as_data_source(split)
-      name = f"decoding {builder.info.name} {split}"
-      with tqdm.tqdm(total=size, desc=name, unit="image", disable=None) as bar:
-        for start in range(0, size, _DECODE_BATCH):
-          rows = range(start, min(start + _DECODE_BATCH, size))
-          examples = source.__getitems__(list(rows))
-          x[rows.start : rows.stop] = [e["image"] for e in examples]
-          y[rows.start : rows.stop] = [e["label"] for e in examples]
-          bar.update(len(rows))
-    except Exception as error:  # array_record raises whatever Abseil does
-      lines = str(error).strip().splitlines() or [type(error).__name__]
-      raise errors.UserError(
-        f"{folder} cannot be decoded ({split}: {lines[0]}). Prepare the data "
-        "set again, or give another --data_dir."
-      ) from error
-    x.flush()
-
-  _write_atomically(x_path, fill)
-  _write_atomically(y_path, lambda file: np.save(file, y))
+  try:
+    # From files alone: no builder code and no look-up in a bucket.
+    builder = tfds.builder_from_directory(str(folder))
+    source = builder.as_data_source(split)
+    name = f"decoding {builder.info.name} {split}"
+    with tqdm.tqdm(total=size, desc=name, unit="image", disable=None) as bar:
+      for start in range(0, size, _DECODE_BATCH):
+        rows = range(start, min(start + _DECODE_BATCH, size))
+        examples = source.__getitems__(list(rows))
+        x[rows.start : rows.stop] = [e["image"] for e in examples]
+        y[rows.start : rows.stop] = [e["label"] for e in examples]
+        bar.update(len(rows))
+  except Exception as error:  # array_record raises whatever Abseil does
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise errors.UserError(
+      f"{folder} cannot be decoded ({split}: {lines[0]}). Prepare the data "
+      "set again, or give another --data_dir."
+    ) from error
+  return x, y
 
 
 # The cache of decoded arrays.
@@ -517,9 +508,7 @@ def _open_cached(
   return array if whole else None
 
 
-def _write_atomically(
-  path: pathlib.Path, write: Callable[[pathlib.Path], None]
-) -> None:
+def _write_atomically(path: pathlib.Path, array: np.ndarray) -> None:
   """Writes beside `path` and moves into place: all or nothing, last one wins.
 
   Two processes that decode the same set both write the same bytes, each into
@@ -527,18 +516,17 @@ def _write_atomically(
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-      dir=path.parent, prefix=path.stem, suffix=".partial.npy"
+    handle, partial = tempfile.mkstemp(
+      dir=path.parent, prefix=path.stem, suffix=".partial"
     )
-    os.close(handle)
-    partial = pathlib.Path(name)
     try:
-      write(partial)
+      with os.fdopen(handle, "wb") as file:
+        np.save(file, array)
       os.replace(partial, path)
     finally:
-      partial.unlink(missing_ok=True)
+      pathlib.Path(partial).unlink(missing_ok=True)
   except OSError as error:
     raise errors.UserError(
-      f"cannot write the cache of decoded images {path} ({error.strerror}). "
-      "Set MPQFL_CACHE_DIR to a folder with room for it."
+      f"cannot write the cache of decoded images {path} ({error}). Set "
+      "MPQFL_CACHE_DIR to a folder with room for it."
     ) from error
