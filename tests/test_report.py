@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import scipy.ndimage
@@ -109,7 +110,7 @@ def fake_run(
       guess = guess + level * rng.normal(size=guess.shape)
       guess = np.clip(guess, 0, 1).astype(np.float32)
       recovered = np.where(rng.uniform(size=8) < 0.9, labels[:8], 3)
-      slug = name.split("(")[0]
+      slug = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
       np.savez(
         folder / "reconstructions" / f"{attack}_{regime}_{slug}_round0.npz",
         attack=attack,

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Iterator
 import math
 import pathlib
+import re
 from typing import NamedTuple
 
 from matplotlib import axes as mpl_axes
+from matplotlib import lines as mpl_lines
+from matplotlib import text as mpl_text
 from matplotlib import ticker
 import numpy as np
 
@@ -68,59 +71,88 @@ def _accuracy(
     return
   height = max(3.6, 0.24 * len(lines) + 1.2)
   fig = style.new_figure(8, height)
-  ax = fig.add_subplot()
-  style.clean(ax)
   last = max(points[-1][0] for points in lines.values())
-  for name, points in lines.items():
-    x, y = np.array(points).T
-    look = known[name]
-    every = max(1, len(points) // 8)
-    ax.plot(
-      x,
-      y,
-      color=look.color,
-      marker=look.marker,
-      markersize=5,
-      # Ends on a marker, to which the label belongs.
-      markevery=list(range(len(points) - 1, -1, -every)),
-      linewidth=1.6,
+  # The defences part late and by little, so the second half gets a panel.
+  starts = [0, last // 2] if last >= 8 else [0]
+  axes = fig.subplots(
+    1, len(starts), squeeze=False, width_ratios=[1, 1.15][: len(starts)]
+  )[0]
+  for ax, start in zip(axes, starts, strict=True):
+    style.clean(ax)
+    for k, (name, points) in enumerate(lines.items()):
+      kept = [p for p in points if p[0] >= start] or points[-1:]
+      x, y = np.array(kept).T
+      every = max(1, len(kept) // 5)
+      ax.plot(
+        x,
+        y,
+        color=known[name].color,
+        marker=known[name].marker,
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        # Offset from line to line, so that no marker hides another.
+        markevery=(k % every, every),
+        linewidth=1.6,
+      )
+    ax.set_xlabel("Communication round", fontsize=10, color=style.INK)
+    ax.set_xlim(start, last + 0.01 * (last - start))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  axes[0].set_ylabel("Test accuracy, %", fontsize=10, color=style.INK)
+  if len(axes) > 1:
+    axes[1].set_title(
+      f"from round {starts[1]}", fontsize=9, loc="left", color=style.MUTED
     )
-  ax.set_xlabel("Communication round", fontsize=10, color=style.INK)
-  ax.set_ylabel("Test accuracy, %", fontsize=10, color=style.INK)
-  ax.set_xlim(0, last + max(1, 0.02 * last))
-  ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+  ax = axes[-1]
   low, high = ax.get_ylim()
-  high = min(high, 101)
-  ax.set_ylim(max(low, -1), high)
-  inches = height - 1.0
-  gap = 0.17 / inches * (high - low)
+  gap = 0.19 / (height - 1.0) * (high - low)
   ends = [points[-1][1] for points in lines.values()]
   for name, place in zip(lines, style.spread(ends, gap), strict=True):
     x, y = lines[name][-1]
+    color, beside = known[name].color, ax.get_yaxis_transform()
+    ax.annotate(
+      "",
+      (x, y),
+      xytext=(1.07, place),
+      textcoords=beside,
+      annotation_clip=False,
+      arrowprops={
+        "arrowstyle": "-",
+        "color": color,
+        "linewidth": 1.2,
+        "shrinkA": 0,
+        "shrinkB": 0,
+      },
+    )
+    ax.plot(
+      [1.07],
+      [place],
+      known[name].marker,
+      color=color,
+      markersize=5.5,
+      transform=beside,
+      clip_on=False,
+    )
     ax.annotate(
       f"{known[name].label}  {y:.1f}",
-      (x, y),
-      xytext=(1.035, place),
-      textcoords=ax.get_yaxis_transform(),
+      (1.07, place),
+      xycoords=beside,
+      xytext=(7, 0),
+      textcoords="offset points",
       va="center",
       fontsize=9,
       color=style.INK,
       annotation_clip=False,
-      arrowprops={
-        "arrowstyle": "-",
-        "color": known[name].color,
-        "linewidth": 0.8,
-        "shrinkA": 1,
-        "shrinkB": 3,
-      },
     )
+  # Placing the labels must not move the axis.
+  ax.set_ylim(low, high)
   path = folder / "accuracy.png"
   fig.savefig(path)
   yield Figure(
     path,
     "Test accuracy over the rounds",
     "Line chart of test accuracy against communication rounds. At the end: "
-    + ", ".join(f"{n} {p[-1][1]:.1f} %" for n, p in lines.items())
+    + ", ".join(f"{n} {p[-1][1]:.1f}%" for n, p in lines.items())
     + ".",
     "All defences start from the same weights and see the same cohorts.",
     800,
@@ -144,7 +176,7 @@ def _tradeoff(
   panels = [p for p in (cost, privacy) if p]
   if not panels:
     return
-  fig = style.new_figure(8, 4)
+  fig = style.new_figure(8, 4 if len(run.summary["defenses"]) <= 8 else 5)
   axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
   for ax, points in zip(axes, panels, strict=True):
     style.clean(ax)
@@ -155,8 +187,9 @@ def _tradeoff(
     if points is cost:
       ax.set_xscale("log")
       _widen_log(ax, [x for x, _ in points.values()])
+      ax.xaxis.set_major_locator(ticker.LogLocator(subs=_ticks(points)))
       ax.xaxis.set_major_formatter(ticker.FuncFormatter(_bytes))
-      ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+      ax.xaxis.set_minor_locator(ticker.NullLocator())
       ax.set_xlabel("Uplink per client and round (log)", fontsize=10)
     else:
       ax.set_xlabel("PSNR of the strongest attack, dB (median)", fontsize=10)
@@ -167,7 +200,7 @@ def _tradeoff(
   room = 0.2 * max(max(values) - min(values), 1)
   # Room below and above for labels; the references are written at the top.
   axes[0].set_ylim(min(values) - room, max(values) + 1.6 * room)
-  notes = _references(axes[-1], run) if privacy else []
+  rules, notes = _references(axes[-1], run) if privacy else ([], [])
   fig.canvas.draw()
   # From here on the layout stands still: labels are placed in pixels.
   fig.set_layout_engine("none")
@@ -177,28 +210,30 @@ def _tradeoff(
       list(points.values()),
       [style.wrapped(known[name].label) for name in points],
       notes if points is privacy else (),
+      rules if points is privacy else (),
     )
   path = folder / "tradeoff.png"
   fig.savefig(path)
   said = []
   for name in cost or privacy:
-    text = f"{name}: accuracy {(cost or privacy)[name][1]:.1f} %"
+    text = f"{name}: accuracy {(cost or privacy)[name][1]:.1f}%"
     if name in cost:
       text += f", {cost[name][0]:,.0f} bytes"
     if name in privacy:
       text += f", strongest attack {privacy[name][0]:.1f} dB"
     said.append(text)
-  caption = "Left: up and to the left is better." if cost else ""
+  caption = "Up and to the left is better."
   if privacy:
     caption += (
-      " Right: up and to the left is better too; right of the 20 dB line the"
-      " private image is there to see."
+      f" Right of the {metrics.SUCCESS_DB:.0f} dB line the private image is"
+      " there to see."
     )
+  plots = "Two scatter plots" if len(panels) > 1 else "Scatter plot"
   yield Figure(
     path,
     "What a defence costs and what it hides",
-    "Two scatter plots. " + "; ".join(said) + ".",
-    caption.strip(),
+    f"{plots}. " + "; ".join(said) + ".",
+    caption,
     800,
   )
 
@@ -282,41 +317,45 @@ def _distribution(
 def _grids(
   run: records.Run, known: dict[str, style.Style], folder: pathlib.Path
 ) -> Iterator[Figure]:
-  for group in grid.groups(run.reconstructions):
-    name = f"{group[0].attack}_round{group[0].round}"
-    same = len(list(folder.glob(f"grid_{name}*.png")))
-    del same
+  for number, group in enumerate(grid.groups(run.reconstructions), 1):
+    attack = re.sub(r"[^a-z0-9]+", "_", group[0].attack.lower()).strip("_")
+    path = folder / f"grid_{number}_{attack}_round{group[0].round}.png"
     drawn = grid.draw(group, known, grid.settings(run, group))
-    path = folder / f"grid_{name}.png"
     drawn.figure.savefig(path)
     yield Figure(path, drawn.title, drawn.alt, drawn.caption, drawn.width)
 
 
 def _references(
   ax: mpl_axes.Axes, run: records.Run, above: bool = False
-) -> list:
+) -> tuple[list[mpl_lines.Line2D], list[mpl_text.Text]]:
   """Lines at the best guess without an attack and at 20 dB, and their text."""
   marks = [(metrics.SUCCESS_DB, f"{metrics.SUCCESS_DB:.0f} dB", style.ALERT)]
   reference = (run.summary.get("references") or {}).get("mean_image") or {}
   if reference.get("psnr_db_median") is not None:
     marks.append((reference["psnr_db_median"], "mean image", style.MUTED))
-  notes = []
-  for value, text, color in marks:
-    ax.axvline(value, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+  rules: list[mpl_lines.Line2D] = []
+  notes: list[mpl_text.Text] = []
+  # The lower one is written to the left of its line, the other to the right.
+  marks.sort()
+  for i, (value, text, color) in enumerate(marks):
+    left = i == 0 and len(marks) > 1
+    rules.append(
+      ax.axvline(value, color=color, lw=1, linestyle=(0, (4, 3)), zorder=1)
+    )
     notes.append(
       ax.annotate(
         text,
         (value, 1),
         xycoords=ax.get_xaxis_transform(),
-        xytext=(0, 2) if above else (3, -2),
+        xytext=(-3 if left else 3, 2 if above else -2),
         textcoords="offset points",
-        ha="center" if above else "left",
+        ha="right" if left else "left",
         va="bottom" if above else "top",
         fontsize=8,
         color=color,
       )
     )
-  return notes
+  return rules, notes
 
 
 def _widen_log(ax: mpl_axes.Axes, values: list[float]) -> None:
@@ -324,6 +363,12 @@ def _widen_log(ax: mpl_axes.Axes, values: list[float]) -> None:
   low, high = math.log10(min(values)), math.log10(max(values))
   room = max(0.2 * (high - low), (1 - (high - low)) / 2, 0.15)
   ax.set_xlim(10 ** (low - room), 10 ** (high + room))
+
+
+def _ticks(points: dict[str, tuple[float, float]]) -> tuple[float, ...]:
+  """Which multiples of powers of ten to label: fewer over many decades."""
+  sizes = [x for x, _ in points.values()]
+  return (1, 2, 5) if max(sizes) < 60 * min(sizes) else (1,)
 
 
 def _bytes(value: float, _: int) -> str:

@@ -126,7 +126,7 @@ def attack_lines(
 
 def interval(rate: metrics.Rate) -> str:
   """A Wilson interval as text."""
-  return f"{100 * rate.low:.0f} to {100 * rate.high:.0f} %"
+  return f"{100 * rate.low:.0f} to {100 * rate.high:.0f}%"
 
 
 def _scores(
@@ -159,7 +159,7 @@ def _verdict(
     worst = max(through, key=lambda s: (s.median, s.rate.rate))
     text = (
       f"{worst.name} rebuilt {_of(worst.rate)} to {metrics.SUCCESS_DB:.0f} dB"
-      f" or better (95 % interval {interval(worst.rate)}), median"
+      f" or better (95% interval {interval(worst.rate)}), median"
       f" {worst.median:.1f} dB."
     )
     return verdict("leaks", "Leaks", text + _blind_contrast(scores, worst))
@@ -167,7 +167,7 @@ def _verdict(
   top = max(scores, key=lambda s: s.median)
   none_good = (
     f"No attack brought any image to {metrics.SUCCESS_DB:.0f} dB"
-    f" ({_of(top.rate)} by {top.name}, 95 % interval {interval(top.rate)})"
+    f" ({_of(top.rate)} by {top.name}, 95% interval {interval(top.rate)})"
   )
   reference = best_reference(run.summary)
   above = reference is not None and top.median > reference[1]
@@ -182,8 +182,8 @@ def _verdict(
     if spotted.found:
       text += (
         f" {spotted.found} of {spotted.rate.trials} reconstructions by"
-        f" {spotted.name} lie nearer to their original than to any other candidate"
-        " image."
+        f" {spotted.name} lie nearer to their original than to any other"
+        " candidate image."
       )
     return verdict("partly", "Leaks in part", text)
 
@@ -261,7 +261,7 @@ def _prices(summary: dict[str, Any]) -> list[str]:
     known.sort(key=lambda r: entries[r.defense]["test_accuracy"])
     low, high = known[0], known[-1]
     text = (
-      f"Undefended training reaches {tables.percent(baseline)} % test accuracy;"
+      f"Undefended training reaches {tables.percent(baseline)}% test accuracy;"
       f" {low.defense} {_reaches(low)}"
     )
     if high is not low:
@@ -290,7 +290,7 @@ def _prices(summary: dict[str, Any]) -> list[str]:
 def _cost(row: tables.Row) -> str:
   parts = []
   if row.accuracy != tables.MISSING:
-    text = f"{row.accuracy} % test accuracy"
+    text = f"{row.accuracy}% test accuracy"
     if row.difference != tables.MISSING:
       text += f" ({row.difference} points)"
     parts.append(text)
@@ -305,7 +305,7 @@ def _cost(row: tables.Row) -> str:
 
 
 def _reaches(row: tables.Row) -> str:
-  return f"reaches {row.accuracy} % ({row.difference} points)"
+  return f"reaches {row.accuracy}% ({row.difference} points)"
 
 
 def _amount(row: tables.Row) -> str:

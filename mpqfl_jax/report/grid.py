@@ -5,7 +5,6 @@ that the pixels of a 28 by 28 digit stay squares.
 """
 
 from collections.abc import Iterable, Sequence
-import textwrap
 from typing import Any, NamedTuple
 
 from matplotlib import figure as mpl_figure
@@ -15,13 +14,15 @@ import numpy as np
 from mpqfl_jax import metrics
 from mpqfl_jax.report import records, style
 
-# All in pixels of the PNG, which is shown at half size.
 _COLUMNS = 8
+_ROWS = 14
+# The rest in pixels of the PNG, which is shown at half size.
 _CELL = 152
-_GAP = 22
-_LEFT = 270
-_TEXT = 58
+_GAP = 20
+_LEFT = 290
+_TEXT = 62
 _MARGIN = 24
+_DOT = " · "
 
 
 class Drawn(NamedTuple):
@@ -37,12 +38,22 @@ class Drawn(NamedTuple):
 def groups(
   sets: Iterable[records.Reconstructions],
 ) -> list[list[records.Reconstructions]]:
-  """Sets that belong in one grid: one attack, one round, the same originals."""
+  """Sets that belong in one grid: one attack, one round, the same originals.
+
+  A grid that would grow too tall is split by the adversary's knowledge.
+  """
   out: dict[tuple, list[records.Reconstructions]] = {}
   for s in sets:
     key = (s.attack, s.round, s.original.shape, s.original.tobytes())
     out.setdefault(key, []).append(s)
-  return list(out.values())
+  final = []
+  for group in out.values():
+    regimes = list(dict.fromkeys(s.knowledge for s in group))
+    if len(group) <= _ROWS:
+      final.append(group)
+    else:
+      final += [[s for s in group if s.knowledge == k] for k in regimes]
+  return final
 
 
 def settings(run: records.Run, group: Sequence[records.Reconstructions]) -> str:
@@ -55,7 +66,8 @@ def settings(run: records.Run, group: Sequence[records.Reconstructions]) -> str:
     and line["round"] == group[0].round
     and line["knowledge"] in regimes
   ]
-  return " · ".join([" and ".join(regimes), *describe(lines)])
+  regime = " and ".join(regimes) + " adversary"
+  return _DOT.join([regime, *describe(lines)])
 
 
 def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -109,8 +121,8 @@ def draw(
   pitch_x = max(cell_w, 120) + _GAP
   full_w = max(_LEFT + count * pitch_x + _MARGIN, 900)
   per_line = int((full_w - 2 * _MARGIN) / 14.2)
-  heading = textwrap.wrap(setting, per_line)
-  top = _MARGIN + 48 + 32 * len(heading) + 34
+  heading = _wrap(setting, per_line)
+  top = _MARGIN + 48 + 32 * len(heading) + 46
   pitch_y = cell_h + _TEXT + _GAP
   full_h = top + cell_h + 2 * _GAP + pitch_y * len(group) + 6
 
@@ -178,12 +190,12 @@ def draw(
         )
       write(
         x,
-        y + cell_h + 6,
+        y + cell_h + 9,
         f"{psnr[i]:.1f} dB",
         weight="bold" if good else "normal",
         color=style.ALERT if good else style.INK,
       )
-      write(x, y + cell_h + 33, f"SSIM {ssim[i]:.2f}", 7.5, color=style.MUTED)
+      write(x, y + cell_h + 37, f"SSIM {_two(ssim[i])}", 7.5, color=style.MUTED)
     good_count = int(np.sum(psnr >= metrics.SUCCESS_DB))
     said.append(
       f"{s.defense} ({s.knowledge}): {good_count} of {count} at"
@@ -203,3 +215,19 @@ def draw(
     caption=caption,
     width=round(full_w / 2),
   )
+
+
+def _wrap(text: str, width: int) -> list[str]:
+  """Breaks between settings, never inside one."""
+  lines: list[str] = []
+  for part in text.split(_DOT):
+    if lines and len(lines[-1]) + len(_DOT) + len(part) <= width:
+      lines[-1] += _DOT + part
+    else:
+      lines.append(part)
+  return lines
+
+
+def _two(value: float) -> str:
+  """Two digits, without a negative zero."""
+  return f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")

@@ -41,7 +41,8 @@ class Run(NamedTuple):
     summary: `summary.json`.
     rounds: the lines of `metrics.jsonl`, none for an `attack` task.
     attacks: the lines of `attacks.jsonl`, none where no attack was set.
-    reconstructions: one an npz file, in the order of the defences.
+    reconstructions: one an npz file, in the order of the defences, the
+      blind attack before the adaptive one.
   """
 
   folder: pathlib.Path
@@ -97,7 +98,10 @@ def read(run_dir: str | pathlib.Path) -> Run:
   sets = [
     _reconstructions(p) for p in sorted(folder.glob("reconstructions/*.npz"))
   ]
-  sets.sort(key=lambda s: place.get(s.defense, len(place)))
+  # The blind attack first: the adaptive one is read against it.
+  sets.sort(
+    key=lambda s: (place.get(s.defense, len(place)), s.knowledge != "blind")
+  )
   return Run(
     folder=folder,
     config=config,

@@ -7,10 +7,12 @@ no figure depends on colour alone.
 
 from collections.abc import Iterable, Sequence
 import itertools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
+from matplotlib import layout_engine, patheffects
+from matplotlib import lines as mpl_lines
 from matplotlib import text as mpl_text
 from matplotlib import transforms as mpl_transforms
 from matplotlib.backends import backend_agg
@@ -80,14 +82,43 @@ def styles(defenses: Iterable[str]) -> dict[str, Style]:
   for name in names:
     if name not in slots:
       slots[name] = next(free)
+  labels = _short(names)
   return {
     name: Style(
-      label=base if families.count(base) == 1 else name,
-      color=_COLORS[slots[name] % len(_COLORS)],
+      label=labels[name],
+      color=_color(slots[name]),
       marker=_MARKERS[slots[name] % len(_MARKERS)],
     )
-    for name, base in zip(names, families, strict=True)
+    for name in names
   }
+
+
+def _color(slot: int) -> str:
+  # Black stays with the first: no defence must look like having none.
+  if slot < len(_COLORS):
+    return _COLORS[slot]
+  return _COLORS[1 + (slot - 1) % (len(_COLORS) - 1)]
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+  """Leaves out what is not needed to tell a run's defences apart."""
+  out = {}
+  for name in names:
+    base = family(name)
+    kin = [_parameters(n) for n in names if family(n) == base]
+    own = _parameters(name)
+    differ = [k for k in own if any(other.get(k) != own[k] for other in kin)]
+    if len(differ) == 1:
+      out[name] = f"{base} {own[differ[0]]}"
+    else:
+      out[name] = " ".join([base, *(f"{k}={own[k]}" for k in differ)])
+  return out if len(set(out.values())) == len(names) else {n: n for n in names}
+
+
+def _parameters(defense: str) -> dict[str, str]:
+  inside = defense.partition("(")[2].removesuffix(")")
+  pairs = (part.partition("=") for part in inside.split(",") if part.strip())
+  return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def family(defense: str) -> str:
@@ -99,23 +130,26 @@ def wrapped(label: str) -> str:
   """A long name with its parameters on lines of their own."""
   if len(label) <= 16:
     return label
-  return label.replace("(", "\n(", 1).replace(",", ",\n")
+  return label.replace("(", "\n(", 1).replace(",", ",\n").replace(" ", "\n")
 
 
 def new_figure(width: float, height: float) -> mpl_figure.Figure:
   """A figure with an Agg canvas of its own, sizes in inches."""
   fig = mpl_figure.Figure(
-    figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained"
+    figsize=(width, height),
+    dpi=DPI,
+    facecolor="white",
+    layout=layout_engine.ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
   )
   backend_agg.FigureCanvasAgg(fig)
   return fig
 
 
-def clean(ax: mpl_axes.Axes, grid: str = "both") -> None:
+def clean(ax: mpl_axes.Axes, grid: Literal["both", "x", "y"] = "both") -> None:
   """Takes away the frame, leaves a light grid, sets readable ticks."""
   ax.spines[["top", "right"]].set_visible(False)
   ax.spines[["left", "bottom"]].set_color(RULE)
-  ax.tick_params(labelsize=9, color=RULE, labelcolor=MUTED)
+  ax.tick_params(which="both", labelsize=9, color=RULE, labelcolor=MUTED)
   ax.grid(True, axis=grid, color=RULE, linewidth=0.6)
   ax.set_axisbelow(True)
 
@@ -150,6 +184,7 @@ def label_points(
   points: Sequence[tuple[float, float]],
   labels: Sequence[str],
   obstacles: Sequence[mpl_text.Text] = (),
+  rules: Sequence[mpl_lines.Line2D] = (),
 ) -> None:
   """Writes each point's label beside it, where nothing else is.
 
@@ -158,17 +193,19 @@ def label_points(
     points: data coordinates.
     labels: one a point.
     obstacles: text that is already there.
+    rules: lines across the plot.
   """
   renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
   scale = ax.figure.dpi / 72
   frame = ax.get_window_extent(renderer)
   pixels = ax.transData.transform(np.asarray(points))
   taken = [t.get_window_extent(renderer).padded(4) for t in obstacles]
+  taken += [line.get_window_extent(renderer).padded(3) for line in rules]
   taken += [
     mpl_transforms.Bbox.from_bounds(x, y, 0, 0).padded(5 * scale)
     for x, y in pixels
   ]
-  for (px, py), point, label in zip(pixels, points, labels, strict=True):
+  for point, label in zip(points, labels, strict=True):
     best: tuple[float, mpl_text.Annotation] | None = None
     for radius, (dx, dy) in itertools.product(
       (9, 16, 26, 38, 52),
@@ -184,21 +221,26 @@ def label_points(
         va=("center", "bottom", "top")[dy],
         fontsize=9,
         color=INK,
+        path_effects=[patheffects.withStroke(linewidth=2.5, foreground="w")],
         arrowprops={
           "arrowstyle": "-",
           "color": MUTED,
           "linewidth": 0.6,
           "shrinkA": 0,
           "shrinkB": 3,
+          "relpos": ((1 - dx) / 2, (1 - dy) / 2),
         }
         if long
         else None,
       )
+      note.update_positions(renderer)
       # The leader line is not part of the text's own box.
       box = mpl_text.Text.get_window_extent(note, renderer)
       cost = sum(_overlap(box, other) for other in taken)
       cost += box.width * box.height - _overlap(box, frame)
       cost += radius * scale
+      if long:
+        cost += _crossings(ax.transData.transform(point), box, taken)
       if best is None or cost < best[0]:
         if best is not None:
           best[1].remove()
@@ -207,6 +249,17 @@ def label_points(
         note.remove()
     assert best is not None
     taken.append(mpl_text.Text.get_window_extent(best[1], renderer).padded(2))
+
+
+def _crossings(
+  start: np.ndarray,
+  box: mpl_transforms.Bbox,
+  taken: Sequence[mpl_transforms.Bbox],
+) -> float:
+  """A price for each step of a leader line that runs over something."""
+  end = np.clip(start, box.min, box.max)
+  steps = [start + t * (end - start) for t in (0.3, 0.5, 0.7, 0.9)]
+  return 300.0 * sum(b.contains(*p) for b in taken for p in steps)
 
 
 def _overlap(a: mpl_transforms.Bbox, b: mpl_transforms.Bbox) -> float:

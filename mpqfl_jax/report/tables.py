@@ -73,9 +73,9 @@ def rows(summary: dict[str, Any]) -> list[Row]:
         ratio=ratio(uplink, float32),
         epsilon=epsilon(entry),
         attack=attack_name(shown.attack, shown.knowledge) if cell else MISSING,
-        psnr=_fixed(shown.psnr_db_median, 1),
-        psnr_max=_fixed(shown.psnr_db_max, 1),
-        ssim=_fixed(shown.ssim_median, 2),
+        psnr=fixed(shown.psnr_db_median, 1),
+        psnr_max=fixed(shown.psnr_db_max, 1),
+        ssim=fixed(shown.ssim_median, 2),
         success=MISSING
         if shown.success_rate is None
         else f"{100 * shown.success_rate:.3g}",
@@ -90,8 +90,8 @@ def reference_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
   return [
     (
       REFERENCE_NAMES.get(name, name),
-      _fixed(values.get("psnr_db_median"), 1),
-      _fixed(values.get("ssim_median"), 2),
+      fixed(values.get("psnr_db_median"), 1),
+      fixed(values.get("ssim_median"), 2),
     )
     for name, values in found.items()
   ]
@@ -166,7 +166,8 @@ def _difference(
   return f"{points:+.1f}".replace("-", MINUS) if points else "0.0"
 
 
-def _fixed(value: float | None, digits: int) -> str:
+def fixed(value: float | None, digits: int) -> str:
+  """A number with so many digits after the point, or the sign for none."""
   return MISSING if value is None else f"{value:.{digits}f}"
 
 
