@@ -1,13 +1,33 @@
 """The report, on runs made up of real images and invented results."""
 
+import base64
+import html as html_lib
+from html import parser as html_parser
+import io
+import itertools
 import json
 import pathlib
 import re
+import shutil
+import subprocess
 
+from matplotlib import text as mpl_text
 import numpy as np
+from PIL import Image
+import pytest
 import scipy.ndimage
+import scipy.optimize
 
-from mpqfl_jax import metrics
+from mpqfl_jax import datasets, errors, metrics
+from mpqfl_jax.report import (
+  figures,
+  findings,
+  grid,
+  html,
+  records,
+  style,
+  tables,
+)
 
 # name: (accuracy, bytes, epsilon, {(attack, knowledge): (blur, noise)})
 DEFENSES = {
@@ -59,18 +79,20 @@ def fake_run(
   knowledge=("blind", "adaptive"),
   task="train",
   rounds=30,
+  count=8,
   seed=0,
 ):
   """Writes a run's folder: real images, blurred and noised, as attacks.
 
   Args:
     folder: where.
-    images: [n, height, width, channels] in [0, 1], the first 8 attacked.
+    images: [n, height, width, channels] in [0, 1], the first `count` attacked.
     labels: [n].
     defenses: as `DEFENSES`.
     knowledge: which regimes to keep.
     task: `train` or `attack`.
     rounds: how many rounds of training.
+    count: how many images are attacked.
     seed: of everything invented.
 
   Returns:
@@ -79,7 +101,7 @@ def fake_run(
   rng = np.random.default_rng(seed)
   folder = pathlib.Path(folder)
   (folder / "reconstructions").mkdir(parents=True)
-  original = images[:8].astype(np.float32)
+  original = images[:count].astype(np.float32)
   labels = np.asarray(labels)
   config = {
     "flags": {
@@ -105,11 +127,11 @@ def fake_run(
     for (attack, regime), (blur, noise) in attacks.items():
       if regime not in knowledge:
         continue
-      level = noise * rng.uniform(0.6, 1.6, (8, 1, 1, 1))
+      level = noise * rng.uniform(0.6, 1.6, (count, 1, 1, 1))
       guess = scipy.ndimage.gaussian_filter(original, (0, blur, blur, 0))
       guess = guess + level * rng.normal(size=guess.shape)
       guess = np.clip(guess, 0, 1).astype(np.float32)
-      recovered = np.where(rng.uniform(size=8) < 0.9, labels[:8], 3)
+      recovered = np.where(rng.uniform(size=count) < 0.9, labels[:count], 3)
       slug = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
       np.savez(
         folder / "reconstructions" / f"{attack}_{regime}_{slug}_round0.npz",
@@ -119,15 +141,15 @@ def fake_run(
         round=0,
         original=original,
         reconstruction=guess,
-        label=labels[:8],
+        label=labels[:count],
         recovered_label=recovered,
-        client=np.arange(8),
+        client=np.arange(count),
       )
       psnr = metrics.psnr_db(original, guess)
       ssim = metrics.ssim(original, guess)
-      found = metrics.reidentified(original, guess, images[8:])
+      found = metrics.reidentified(original, guess, images[count:])
       cells.setdefault(attack, {})[regime] = metrics.summarize(psnr, ssim)
-      for i in range(8):
+      for i in range(count):
         attack_lines.append(
           {
             "defense": name,
@@ -190,7 +212,7 @@ def fake_run(
     "peak_rss_mb": 900.0,
     "defenses": entries,
     "references": metrics.references(
-      original, images[8:].mean(axis=0), np.random.default_rng(1)
+      original, images[count:].mean(axis=0), np.random.default_rng(1)
     ),
   }
   for name, value in (("config", config), ("summary", summary)):
@@ -202,3 +224,660 @@ def fake_run(
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / f"{name}.jsonl").write_text(text)
   return summary
+
+
+class _Page(html_parser.HTMLParser):
+  """Tags with their attributes, and the text of table cells by row."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.tags = []
+    self.rows = {}
+    self._row = self._cell = None
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    self.tags.append((tag, attrs))
+    if tag == "tr":
+      self._row = self.rows.setdefault(attrs.get("data-defense"), [])
+    elif tag in ("td", "th"):
+      self._cell = []
+      self._row.append(self._cell)
+    elif tag == "small" and self._cell is not None:
+      self._cell.append("|")
+
+  def handle_endtag(self, tag):
+    if tag in ("td", "th"):
+      self._cell = None
+
+  def handle_data(self, data):
+    if self._cell is not None:
+      self._cell.append(data)
+
+
+def _cells(page, defense):
+  return [
+    [part.strip() for part in "".join(cell).split("|")]
+    for cell in page.rows[defense]
+  ]
+
+
+def _images(name="mnist_sample"):
+  data = datasets.load(name)
+  return data.x_test[:200] / 255.0, data.y_test[:200]
+
+
+@pytest.fixture(scope="module")
+def images():
+  return _images()
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+  """(folder, summary, text of the page) of a run with everything in it."""
+  folder = tmp_path_factory.mktemp("run") / "run"
+  summary = fake_run(folder, *images)
+  path = html.write(folder)
+  return folder, summary, path.read_text(encoding="utf-8")
+
+
+def _small(folder, images, **kw):
+  """A quick run: three images, few rounds."""
+  fake_run(folder, *images, **{"count": 3, "rounds": 3, **kw})
+  return records.read(folder)
+
+
+def _attacked(*, blur, noise, regimes=("blind",), attack="dlg"):
+  return (0.9, 1000, None, {(attack, k): (blur, noise) for k in regimes})
+
+
+CLEAR = {"blur": 0.0, "noise": 0.01}
+HIDDEN = {"blur": 9.0, "noise": 0.9}
+
+
+# The page
+
+
+def test_the_page_loads_nothing_from_elsewhere(run):
+  text = run[2]
+  for tag, attrs in _Page(text).tags:
+    assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+    assert "href" not in attrs and "srcset" not in attrs
+    assert not any(name.startswith("on") for name in attrs)
+    if "src" in attrs:
+      assert attrs["src"].startswith("data:image/png;base64,")
+  bare = re.sub(r'src="data:[^"]*"', "", text)
+  for loader in ("http:", "https:", "//", "url(", "@import"):
+    assert loader not in re.sub(r"/\*.*?\*/", "", bare)
+  assert "default-src 'none'" in text
+
+
+def test_every_figure_is_embedded_whole_and_described(run):
+  folder, summary, text = run
+  found = [attrs for tag, attrs in _Page(text).tags if tag == "img"]
+  files = {p.read_bytes() for p in folder.glob("figures/*.png")}
+  assert len(found) == len(files) == 5
+  for attrs in found:
+    raw = base64.b64decode(attrs["src"].split(",", 1)[1])
+    assert raw in files
+    picture = Image.open(io.BytesIO(raw))
+    assert picture.info["dpi"][0] >= 150
+    # Sharp on a screen of double density.
+    assert picture.width == pytest.approx(2 * int(attrs["width"]), abs=1)
+    for name in summary["defenses"]:
+      assert name in attrs["alt"]
+
+
+def test_the_headings_are_in_order(run):
+  levels = [
+    int(t[1]) for t, _ in _Page(run[2]).tags if re.fullmatch("h[1-6]", t)
+  ]
+  assert levels[0] == 1 and levels.count(1) == 1
+  assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+
+
+def test_the_table_has_the_numbers_of_the_summary(run):
+  _, summary, text = run
+  page = _Page(text)
+  names = list(summary["defenses"])
+  assert [n for n in page.rows if n is not None] == names
+  base = summary["defenses"]["none"]["test_accuracy"]
+  for name, entry in summary["defenses"].items():
+    _, accuracy, uplink, epsilon, attack, psnr, ssim, success = _cells(
+      page, name
+    )
+    assert float(accuracy[0]) == pytest.approx(
+      100 * entry["test_accuracy"], abs=0.051
+    )
+    if name != "none":
+      assert float(accuracy[1].replace(tables.MINUS, "-")) == pytest.approx(
+        100 * (entry["test_accuracy"] - base), abs=0.051
+      )
+    size = entry["uplink_bytes_per_client"]
+    assert int(uplink[0].replace(",", "")) == size
+    if size < 50_000:
+      factor = summary["uplink_bytes_per_client_float32"] / size
+      assert float(uplink[1].split(tables.TIMES)[0]) == pytest.approx(
+        factor, rel=0.01
+      )
+    if entry["epsilon"] is None:
+      assert epsilon == ["no proof"]
+    else:
+      assert float(epsilon[0]) == pytest.approx(entry["epsilon"], rel=0.005)
+    cell = entry["attacks"][attack[0]][attack[1]]
+    assert cell["psnr_db_median"] == max(
+      c["psnr_db_median"] for k in entry["attacks"].values() for c in k.values()
+    )
+    assert float(psnr[0]) == pytest.approx(cell["psnr_db_median"], abs=0.051)
+    assert float(psnr[1]) == pytest.approx(cell["psnr_db_max"], abs=0.051)
+    assert float(ssim[0]) == pytest.approx(cell["ssim_median"], abs=0.0051)
+    assert float(success[0]) == pytest.approx(
+      100 * cell["success_rate"], abs=0.051
+    )
+    count, total = map(int, success[1].split(" of "))
+    assert count / total == cell["success_rate"]
+
+
+def test_the_references_stand_in_the_table(run):
+  _, summary, text = run
+  cells = ["".join(c).strip() for c in _Page(text).rows[None]]
+  for name, values in summary["references"].items():
+    at = cells.index(tables.REFERENCE_NAMES[name])
+    row = cells[at : at + 8]
+    assert "no attack" in row
+    assert f"{values['psnr_db_median']:.1f}" in row
+    assert f"{values['ssim_median']:.2f}" in row
+
+
+def test_the_settings_and_the_configuration_are_printed(run):
+  text = run[2]
+  for words in (
+    "honest-but-curious",
+    "batch of 1",
+    "1 local step;",
+    "initial weights",
+    "labels known",
+    "labels inferred",
+    "300 iterations, 2 restarts",
+    "0123456789abcdef",
+    "versions.jax",
+  ):
+    assert words in text
+
+
+def test_names_are_escaped(images, tmp_path):
+  defenses = {
+    "none": _attacked(**CLEAR),
+    "<b>policy.json": _attacked(**HIDDEN),
+  }
+  _small(tmp_path / "run", images, defenses=defenses)
+  text = html.write(tmp_path / "run").read_text()
+  assert "<b>" not in text
+  assert "&lt;b&gt;policy.json" in text
+
+
+def test_an_attack_task_has_neither_accuracy_nor_rounds(images, tmp_path):
+  r = _small(tmp_path / "run", images, task="attack")
+  text = html.write(tmp_path / "run").read_text()
+  assert "Test accuracy" not in text and "test accuracy" not in text
+  assert "Test accuracy" not in tables.markdown(r.summary)
+  names = {p.name for p in (tmp_path / "run" / "figures").iterdir()}
+  assert names == {"psnr.png", "grid_1_dlg_round0.png", "grid_2_map_round0.png"}
+
+
+def test_a_run_without_attacks_tells_only_costs(images, tmp_path):
+  r = _small(tmp_path / "run", images, knowledge=())
+  assert {v.label for v in findings.verdicts(r)} == {"Not attacked"}
+  text = html.write(tmp_path / "run").read_text()
+  assert "only the costs are known" in text
+  assert "PSNR" not in text and "Every attack" not in text
+  names = {p.name for p in (tmp_path / "run" / "figures").iterdir()}
+  assert names == {"accuracy.png", "tradeoff.png"}
+
+
+def test_null_fields_are_printed_as_missing(images, tmp_path):
+  folder = tmp_path / "run"
+  _small(folder, images)
+  summary = json.loads((folder / "summary.json").read_text())
+  entry = summary["defenses"]["prune"]
+  entry["test_accuracy"] = entry["uplink_bytes_per_client"] = None
+  for cell in (c for k in entry["attacks"].values() for c in k.values()):
+    cell.update(dict.fromkeys(cell))
+  summary["references"] = None
+  (folder / "summary.json").write_text(json.dumps(summary))
+  lines = (folder / "attacks.jsonl").read_text().splitlines()
+  lines = [json.loads(line) for line in lines]
+  optional = ("psnr_db", "ssim", "seconds", "label_correct", "reidentified")
+  for line in lines:
+    if line["defense"] == "prune":
+      line.update(dict.fromkeys(optional))
+  (folder / "attacks.jsonl").write_text(
+    "".join(json.dumps(line) + "\n" for line in lines)
+  )
+  text = html.write(folder).read_text()
+  row = _cells(_Page(text), "prune")
+  gone = tables.MISSING
+  assert [c[0] for c in row[1:]] == [gone, gone, "no proof", *[gone] * 4]
+  assert "None" not in text and "nan" not in re.sub(r'"data:[^"]*"', "", text)
+
+
+# What is said
+
+
+def _say(images, tmp_path, **defenses):
+  r = _small(tmp_path / "run", images, defenses=defenses)
+  return r, {v.defense: v for v in findings.verdicts(r)}
+
+
+def test_a_defence_that_only_blind_attacks_met_is_never_called_safe(
+  images, tmp_path
+):
+  r, said = _say(
+    images, tmp_path, none=_attacked(**CLEAR), paper=_attacked(**HIDDEN)
+  )
+  assert said["paper"].label == "Stopped this blind attack: dlg"
+  assert "No attack that knows the codec was tried." in said["paper"].privacy
+  assert "0 of 3 images" in said["paper"].privacy
+  assert any(
+    "stopped this blind attack: dlg" in s for s in findings.headline(r)
+  )
+  text = html.write(tmp_path / "run").read_text().lower()
+  for word in ("protected", "secure", "is safe"):
+    assert word not in text
+  assert "no adversary here knows the codec" in text
+
+
+def test_an_adaptive_attack_shows_what_a_blind_one_hides(images, tmp_path):
+  r, said = _say(
+    images,
+    tmp_path,
+    none=_attacked(**CLEAR),
+    paper=(
+      0.9,
+      1000,
+      None,
+      {("dlg", "blind"): (9.0, 0.9), ("dlg", "adaptive"): (0.0, 0.02)},
+    ),
+  )
+  assert said["paper"].status == "leaks"
+  assert "dlg (adaptive) rebuilt 3 of 3 images" in said["paper"].privacy
+  assert "Blind attacks alone rebuilt none" in said["paper"].privacy
+  assert any("1 of 1 defence let an attack" in s for s in findings.headline(r))
+
+
+def test_attacks_of_both_kinds_that_fail_are_named_as_tried(images, tmp_path):
+  both = ("blind", "adaptive")
+  _, said = _say(
+    images,
+    tmp_path,
+    none=_attacked(**CLEAR),
+    paper=_attacked(**HIDDEN, regimes=both),
+  )
+  assert said["paper"].label == "Stopped the attacks tried"
+  assert "may still succeed" in said["paper"].privacy
+
+
+def test_an_attack_that_never_works_proves_nothing(images, tmp_path):
+  r, said = _say(
+    images, tmp_path, none=_attacked(**HIDDEN), paper=_attacked(**HIDDEN)
+  )
+  assert said["paper"].status == "open"
+  assert "fail on undefended updates too" in said["paper"].privacy
+  assert "No image was rebuilt" in findings.headline(r)[0]
+
+
+def test_a_working_attack_must_have_been_tried_on_the_defence(images, tmp_path):
+  _, said = _say(
+    images,
+    tmp_path,
+    none=(
+      0.9,
+      1000,
+      None,
+      {("dlg", "blind"): (0.0, 0.01), ("rgap", "blind"): (9.0, 0.9)},
+    ),
+    paper=_attacked(**HIDDEN, attack="rgap"),
+  )
+  assert said["paper"].status == "open"
+
+
+def test_without_an_undefended_run_nothing_is_stopped(images, tmp_path):
+  r, said = _say(images, tmp_path, paper=_attacked(**HIDDEN))
+  assert said["paper"].status == "open"
+  assert "no undefended client" in findings.headline(r)[0]
+
+
+def test_beating_the_references_is_a_leak_in_part(images, tmp_path):
+  _, said = _say(
+    images,
+    tmp_path,
+    none=_attacked(**CLEAR),
+    paper=_attacked(blur=0.5, noise=0.2),
+  )
+  assert said["paper"].status == "partly"
+  assert "beats the best guess" in said["paper"].privacy
+  assert "3 of 3 reconstructions" in said["paper"].privacy
+
+
+def test_the_headline_gives_prices_of_the_summary(run):
+  folder, _, _ = run
+  text = " ".join(findings.headline(records.read(folder)))
+  assert "An undefended update gives private images away" in text
+  assert "reaches 96.8% test accuracy" in text
+  assert f"reaches 89.4% ({tables.MINUS}7.4 points)" in text
+  # 53,440 / 3,412
+  assert f"int2 sends 15.7{tables.TIMES} less" in text
+
+
+@pytest.mark.parametrize(
+  ("uplink", "float32", "text"),
+  [
+    (100, 100, "same"),
+    (25, 100, "4.00x less"),
+    (1000, 100, "10.0x more"),
+    (1, 12345, "12,345x less"),
+    (None, 100, None),
+    (100, None, None),
+  ],
+)
+def test_ratios(uplink, float32, text):
+  expected = text.replace("x", tables.TIMES) if text else tables.MISSING
+  assert tables.ratio(uplink, float32) == expected
+
+
+def test_markdown_is_the_same_table(run):
+  _, summary, _ = run
+  lines = tables.markdown(summary).splitlines()
+  cells = [[c.strip() for c in line[1:-1].split("|")] for line in lines]
+  assert len({len(row) for row in cells}) == 1
+  head, rule, *body = cells
+  assert head[0] == "Defence" and set("".join(rule)) == {"-", ":"}
+  table = tables.rows(summary)
+  assert [row[0] for row in body[: len(table)]] == list(summary["defenses"])
+  for row, line in zip(table, body, strict=False):
+    assert list(row) == line
+  assert [row[0] for row in body[len(table) :]] == [
+    f"_{n}_" for n in tables.REFERENCE_NAMES.values()
+  ]
+
+
+# What is refused
+
+
+def _user_error(folder, match):
+  with pytest.raises(errors.UserError, match=match):
+    html.write(folder)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+  _user_error(tmp_path, "config.json")
+  (tmp_path / "config.json").write_text("{}")
+  _user_error(tmp_path, "summary.json")
+  (tmp_path / "summary.json").write_text("{")
+  _user_error(tmp_path, "not JSON")
+  (tmp_path / "summary.json").write_text("{}")
+  _user_error(tmp_path, "no defenses")
+
+
+def test_a_broken_line_is_named(images, tmp_path):
+  _small(tmp_path / "run", images)
+  with (tmp_path / "run" / "metrics.jsonl").open("a") as f:
+    f.write("{\n")
+  _user_error(tmp_path / "run", "metrics.jsonl, line 19")
+
+
+def test_reconstructions_without_their_names_are_refused(images, tmp_path):
+  _small(tmp_path / "run", images)
+  path = next((tmp_path / "run" / "reconstructions").glob("*.npz"))
+  np.savez(path, original=np.zeros((1, 28, 28, 1)))
+  _user_error(tmp_path / "run", "lacks .*knowledge")
+
+
+def test_files_of_different_runs_are_refused(images, tmp_path):
+  _small(tmp_path / "run", images)
+  (tmp_path / "run" / "attacks.jsonl").write_text("")
+  _user_error(tmp_path / "run", "not of one run")
+
+
+# Figures
+
+
+NAMES = [
+  "none", "float16", "bfloat16", "float8", "int8", "int4", "int2", "paper",
+  "mixed_random", "sign", "ternary", "qsgd", "prune(fraction=0.9)",
+  "prune(fraction=0.99)", "topk", "dp_gaussian(noise_multiplier=0.1,clip=1)",
+  "dp_gaussian(noise_multiplier=1,clip=1)", "dp_laplace", "he",
+]  # fmt: skip
+
+
+def test_no_two_defences_look_alike():
+  looks = style.styles(NAMES)
+  assert len({(s.color, s.marker) for s in looks.values()}) == len(NAMES)
+  assert len({s.label for s in looks.values()}) == len(NAMES)
+  assert [n for n, s in looks.items() if s.color == looks["none"].color] == [
+    "none"
+  ]
+  assert looks["dp_gaussian(noise_multiplier=1,clip=1)"].label == (
+    "dp_gaussian 1"
+  )
+  assert looks["prune(fraction=0.9)"].label == "prune 0.9"
+
+
+def test_the_main_defences_look_the_same_in_every_run():
+  few = style.styles(["paper", "none"])
+  many = style.styles(NAMES)
+  assert all(few[n] == many[n] for n in few)
+
+
+def test_a_single_variant_goes_by_its_family_name():
+  assert style.styles(["prune(fraction=0.9)"])["prune(fraction=0.9)"].label == (
+    "prune"
+  )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spread_is_the_least_squares_solution(seed):
+  rng = np.random.default_rng(seed)
+  wanted, gap = rng.uniform(0, 5, 6), 1.0
+  order = np.argsort(wanted)
+  best = scipy.optimize.minimize(
+    lambda z: np.sum((z - wanted) ** 2),
+    x0=wanted,
+    method="SLSQP",
+    constraints=[
+      {"type": "ineq", "fun": lambda z, a=a, b=b: z[b] - z[a] - gap}
+      for a, b in itertools.pairwise(order)
+    ],
+    options={"ftol": 1e-12},
+  )
+  got = np.array(style.spread(list(wanted), gap))
+  np.testing.assert_allclose(got, best.x, atol=1e-4)
+
+
+def test_labels_of_points_do_not_overlap():
+  fig = style.new_figure(8, 4)
+  ax = fig.add_subplot()
+  points = [(1, 1), (1.05, 1.02), (1.1, 0.98), (5, 5), (9, 1), (8.9, 1.05)]
+  ax.set_xlim(0, 10)
+  ax.set_ylim(0, 6)
+  fig.canvas.draw()
+  fig.set_layout_engine("none")
+  looks = list(style.styles(NAMES[: len(points)]).values())
+  style.label_points(ax, points, looks)
+  renderer = fig.canvas.get_renderer()
+  boxes = [mpl_text.Text.get_window_extent(t, renderer) for t in ax.texts]
+  assert len(boxes) == len(points)
+  frame = ax.get_window_extent(renderer)
+  for a, b in itertools.combinations(boxes, 2):
+    assert not a.overlaps(b)
+  for box in boxes:
+    assert frame.contains(*box.min) and frame.contains(*box.max)
+
+
+def test_the_grid_shows_every_pixel_as_a_square(images, tmp_path):
+  r = _small(tmp_path / "run", images)
+  group = grid.groups(r.reconstructions)[0]
+  known = style.styles(r.summary["defenses"])
+  drawn = grid.draw(group, known, "setting")
+  drawn.figure.canvas.draw()
+  pixels = np.asarray(drawn.figure.canvas.buffer_rgba())[..., 0]
+  side = 28 * 5
+  for s in (group[0].original, group[0].reconstruction):
+    wanted = np.kron(np.round(255 * s[1, :, :, 0]), np.ones((5, 5)))
+    strip = np.lib.stride_tricks.sliding_window_view(
+      pixels[:, grid.left(1, side) : grid.left(1, side) + side], (side, side)
+    )[:, 0]
+    # Off by one level where a colour map rounds.
+    worst = [np.abs(window - wanted).max() for window in strip]
+    assert min(worst) <= 1
+
+
+def test_grids_keep_images_and_rounds_apart(images):
+  def made(**kw):
+    x = images[0][:2].astype(np.float32)
+    base = {
+      "attack": "dlg",
+      "knowledge": "blind",
+      "defense": "none",
+      "round": 0,
+      "original": x,
+      "reconstruction": x,
+      "label": images[1][:2],
+      "recovered_label": images[1][:2],
+      "client": np.arange(2),
+    }
+    return records.Reconstructions(**{**base, **kw})
+
+  sets = [
+    made(),
+    made(defense="paper"),
+    made(knowledge="adaptive"),
+    made(round=5),
+    made(attack="rgap"),
+    made(original=images[0][2:4].astype(np.float32)),
+  ]
+  assert [len(g) for g in grid.groups(sets)] == [3, 1, 1, 1]
+  # Twenty rows would be too tall for one grid.
+  tall = [
+    made(defense=str(d), knowledge=k)
+    for d in range(10)
+    for k in ("blind", "adaptive")
+  ]
+  split = grid.groups(tall)
+  assert [len(g) for g in split] == [10, 10]
+  assert all(len({s.knowledge for s in g}) == 1 for g in split)
+
+
+def test_colour_images_and_a_single_image_are_drawn(tmp_path):
+  r = _small(
+    tmp_path / "run", _images("cifar10_sample"), count=1, task="attack"
+  )
+  drawn = figures.write(r)
+  assert len(drawn["grids"]) == 2
+  assert not drawn["tradeoff"] and not drawn["accuracy"]
+
+
+# Legibility
+
+
+def _luminance(color):
+  parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+  linear = [
+    c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+  ]
+  return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+def _contrast(a, b):
+  """WCAG 2.2, relative luminance and contrast ratio."""
+  low, high = sorted((_luminance(a), _luminance(b)))
+  return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_enough_contrast_in_light_and_dark():
+  assert _contrast("#000000", "#ffffff") == pytest.approx(21)
+  text = (pathlib.Path(html.__file__).parent / "template.html").read_text()
+  schemes = re.findall(r":root \{(.*?)\}", text, re.S)
+  assert len(schemes) == 2
+  for scheme in schemes:
+    colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", scheme))
+    pairs = [
+      (a, b) for a in ("ink", "soft") for b in ("page", "sheet", "stripe")
+    ]
+    pairs += [(s, f"{s}-bg") for s in ("leaks", "partly", "stopped", "open")]
+    for a, b in pairs:
+      assert _contrast(colors[a], colors[b]) >= 4.5, (a, b)
+
+
+def _browser():
+  for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+    if shutil.which(name):
+      return name
+  pytest.skip("no Chromium on this machine: the page is not rendered")
+
+
+def _chromium(tmp_path, *args):
+  done = subprocess.run(
+    [
+      _browser(),
+      "--headless",
+      "--no-sandbox",
+      "--disable-gpu",
+      "--disable-quic",
+      "--no-first-run",
+      "--disable-background-networking",
+      "--disable-component-update",
+      "--disable-sync",
+      "--hide-scrollbars",
+      f"--user-data-dir={tmp_path / 'profile'}",
+      *args,
+    ],
+    capture_output=True,
+    text=True,
+    timeout=90,
+    check=True,
+  )
+  return done.stdout
+
+
+@pytest.mark.parametrize(
+  ("scheme", "number", "page"),
+  [("light", 1, "#f6f7f9"), ("dark", 0, "#14161a")],
+)
+def test_a_browser_paints_the_page_in_both_schemes(
+  run, tmp_path, scheme, number, page
+):
+  shot = tmp_path / f"{scheme}.png"
+  _chromium(
+    tmp_path,
+    f"--blink-settings=preferredColorScheme={number}",
+    "--window-size=1280,1400",
+    f"--screenshot={shot}",
+    (run[0] / "report.html").as_uri(),
+  )
+  pixels = np.asarray(Image.open(shot).convert("RGB"))
+  corner = "#" + "".join(f"{c:02x}" for c in pixels[2, 2])
+  assert corner == page
+  assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_a_phone_does_not_scroll_sideways(run, tmp_path):
+  frame = tmp_path / "frame.html"
+  page = html_lib.escape(run[2], quote=True)
+  frame.write_text(
+    f'<iframe width="400" height="900" srcdoc="{page}"></iframe>'
+    "<script>onload = () => { const d ="
+    " document.querySelector('iframe').contentDocument;"
+    " const broken = [...d.images].filter(i => !i.naturalWidth).length;"
+    " const boxes = [...d.querySelectorAll('main, section, p, li, dd')];"
+    " const wide = boxes.filter("
+    "   b => b.getBoundingClientRect().right > 400.5).length;"
+    " document.body.textContent = `measured"
+    " ${d.documentElement.scrollWidth} ${wide} ${broken}` }</script>",
+    encoding="utf-8",
+  )
+  out = _chromium(tmp_path, "--dump-dom", frame.as_uri())
+  measured = re.search(r"measured (\d+) (\d+) (\d+)", out)
+  assert measured is not None
+  assert measured.groups() == ("400", "0", "0")

@@ -193,8 +193,7 @@ def _tradeoff(
       ax.set_xlabel("Uplink per client and round (log)", fontsize=10)
     else:
       ax.set_xlabel("PSNR of the strongest attack, dB (median)", fontsize=10)
-      low, high = ax.get_xlim()
-      ax.set_xlim(min(low, 4), max(high, 26))
+      ax.set_xlim(0, max(ax.get_xlim()[1], 26))
   axes[0].set_ylabel("Test accuracy, %", fontsize=10)
   values = [y for points in panels for _, y in points.values()]
   room = 0.2 * max(max(values) - min(values), 1)
@@ -208,7 +207,7 @@ def _tradeoff(
     style.label_points(
       ax,
       list(points.values()),
-      [style.wrapped(known[name].label) for name in points],
+      [known[name] for name in points],
       notes if points is privacy else (),
       rules if points is privacy else (),
     )

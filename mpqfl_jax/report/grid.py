@@ -101,6 +101,16 @@ def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
   return out
 
 
+def left(column: int, width: int) -> int:
+  """Where a column of images begins, in pixels.
+
+  Args:
+    column: from 0.
+    width: of the images as drawn.
+  """
+  return _LEFT + column * (max(width, 120) + _GAP)
+
+
 def draw(
   group: Sequence[records.Reconstructions],
   known: dict[str, style.Style],
@@ -118,8 +128,7 @@ def draw(
   count = min(total, _COLUMNS)
   factor = max(1, _CELL // max(height, width))
   cell_h, cell_w = factor * height, factor * width
-  pitch_x = max(cell_w, 120) + _GAP
-  full_w = max(_LEFT + count * pitch_x + _MARGIN, 900)
+  full_w = max(left(count, cell_w) + _MARGIN, 900)
   per_line = int((full_w - 2 * _MARGIN) / 14.2)
   heading = _wrap(setting, per_line)
   top = _MARGIN + 48 + 32 * len(heading) + 46
@@ -154,7 +163,7 @@ def draw(
   write(_MARGIN, _MARGIN, title, 12, weight="bold")
   for i, text in enumerate(heading):
     write(_MARGIN, _MARGIN + 48 + 32 * i, text, 9, color=style.MUTED)
-  columns = [_LEFT + i * pitch_x for i in range(count)]
+  columns = [left(i, cell_w) for i in range(count)]
   for i, x in enumerate(columns):
     place(first.original[i], x, top)
     write(x, top - 30, f"label {first.label[i]}", 8, color=style.MUTED)

@@ -10,8 +10,8 @@ import itertools
 from typing import Literal, NamedTuple
 
 from matplotlib import axes as mpl_axes
+from matplotlib import colors, layout_engine, patheffects
 from matplotlib import figure as mpl_figure
-from matplotlib import layout_engine, patheffects
 from matplotlib import lines as mpl_lines
 from matplotlib import text as mpl_text
 from matplotlib import transforms as mpl_transforms
@@ -91,6 +91,12 @@ def styles(defenses: Iterable[str]) -> dict[str, Style]:
     )
     for name in names
   }
+
+
+def _darker(color: str) -> str:
+  """Enough for small text on white."""
+  red, green, blue = colors.to_rgb(color)
+  return colors.to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
 
 
 def _color(slot: int) -> str:
@@ -182,7 +188,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
 def label_points(
   ax: mpl_axes.Axes,
   points: Sequence[tuple[float, float]],
-  labels: Sequence[str],
+  looks: Sequence[Style],
   obstacles: Sequence[mpl_text.Text] = (),
   rules: Sequence[mpl_lines.Line2D] = (),
 ) -> None:
@@ -191,7 +197,7 @@ def label_points(
   Args:
     ax: with its final limits and size.
     points: data coordinates.
-    labels: one a point.
+    looks: one a point; the label has its colour, darkened.
     obstacles: text that is already there.
     rules: lines across the plot.
   """
@@ -205,27 +211,27 @@ def label_points(
     mpl_transforms.Bbox.from_bounds(x, y, 0, 0).padded(5 * scale)
     for x, y in pixels
   ]
-  for point, label in zip(points, labels, strict=True):
+  for point, look in zip(points, looks, strict=True):
     best: tuple[float, mpl_text.Annotation] | None = None
     for radius, (dx, dy) in itertools.product(
       (9, 16, 26, 38, 52),
       ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)),
     ):
-      long = radius > 16
+      long = radius > 9
       note = ax.annotate(
-        label,
+        wrapped(look.label),
         point,
         xytext=(radius * dx, radius * dy * 0.9),
         textcoords="offset points",
         ha=("center", "left", "right")[dx],
         va=("center", "bottom", "top")[dy],
         fontsize=9,
-        color=INK,
+        color=_darker(look.color),
         path_effects=[patheffects.withStroke(linewidth=2.5, foreground="w")],
         arrowprops={
           "arrowstyle": "-",
-          "color": MUTED,
-          "linewidth": 0.6,
+          "color": look.color,
+          "linewidth": 0.8,
           "shrinkA": 0,
           "shrinkB": 3,
           "relpos": ((1 - dx) / 2, (1 - dy) / 2),
