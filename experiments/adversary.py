@@ -1,0 +1,220 @@
+"""The honest-but-curious server: what it keeps of a run, and what it finds."""
+
+from collections.abc import Iterable, Sequence
+import io
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import folder, setting
+from experiments.config import Config
+from mpqfl_jax import attacks, metrics, specs
+from mpqfl_jax.defenses import Defense
+from mpqfl_jax.types import Observation, Params
+
+
+class Watched(NamedTuple):
+  """One client's update as it crossed the wire, and the truth behind it.
+
+  Attributes:
+    defense: what the client did; its codec is public.
+    round: from 1; 0 where no training took place.
+    client: its id.
+    params: the global model that the client started from.
+    message: the bytes that crossed the wire.
+    split: which split the images are from.
+    rows: [steps * batch], their rows there, in the order of training.
+    shape: (local steps, images in each).
+  """
+
+  defense: Defense
+  round: int
+  client: int
+  params: Params
+  message: bytes
+  split: str
+  rows: np.ndarray
+  shape: tuple[int, int]
+
+
+def attack_all(
+  config: Config,
+  built: setting.Setting,
+  watched: Sequence[Watched],
+  run_dir: pathlib.Path,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+  """Runs every attack on every watched update and writes what came of it.
+
+  Attack and settings are the same for every defence, down to the starting
+  points. Each line of `attacks.jsonl` is written as soon as it is known.
+
+  Args:
+    config: the run's.
+    built: what the run shares.
+    watched: what the server kept.
+    run_dir: the run's folder.
+
+  Returns:
+    defense -> attack -> knowledge -> summary, and the references of the
+    attacked images.
+  """
+  model = setting.model(config, built.data, _attack_conv())
+  summaries: dict[str, dict[str, Any]] = {}
+  for spec in config.attack:
+    for knowledge in config.attack_knowledge:
+      scores: dict[str, list[dict[str, Any]]] = {}
+      for shape, group in _by_shape(watched):
+        name, options = specs.parse(spec)
+        attack = attacks.make(
+          name, model, steps=shape[0], batch=shape[1], **options
+        )
+        for defense in built.defenses:
+          mine = [w for w in group if w.defense.spec == defense.spec]
+          if mine:
+            lines = _attack(
+              config, built, attack, spec, knowledge, mine, run_dir
+            )
+            scores.setdefault(defense.spec, []).extend(lines)
+      for defense_spec, lines in scores.items():
+        entry = summaries.setdefault(defense_spec, {}).setdefault(spec, {})
+        entry[knowledge] = metrics.summarize(
+          np.array([line["psnr_db"] for line in lines]),
+          np.array([line["ssim"] for line in lines]),
+        )
+  seen: dict[tuple[str, int], np.ndarray] = {}
+  for w in watched:
+    for row, image in zip(w.rows, _truth(built, w)[0], strict=True):
+      seen[w.split, int(row)] = image
+  references = {}
+  if seen:
+    mean = built.data.x_train.mean(0) / 255.0
+    references = metrics.references(
+      np.stack(list(seen.values())),
+      mean.astype(np.float32),
+      setting.rng(config, setting.NOISE_IMAGES),
+    )
+  return summaries, references
+
+
+def _attack_conv() -> str:
+  """Second derivatives are fastest as slices and products on a CPU."""
+  return "slices" if jax.default_backend() == "cpu" else "xla"
+
+
+def _by_shape(watched: Sequence[Watched]) -> Iterable:
+  for shape in sorted({w.shape for w in watched}):
+    yield shape, [w for w in watched if w.shape == shape]
+
+
+def _truth(built: setting.Setting, w: Watched) -> tuple[np.ndarray, np.ndarray]:
+  x = built.data.x_train if w.split == "train" else built.data.x_test
+  y = built.data.y_train if w.split == "train" else built.data.y_test
+  return np.asarray(x[w.rows], np.float32) / 255.0, np.asarray(y[w.rows])
+
+
+def _observe(config: Config, w: Watched, knowledge: str, labels) -> Observation:
+  codec = w.defense.codec
+  payload = codec.unpack(w.message)
+  return Observation(
+    params=w.params,
+    update=codec.decode(payload),
+    bins=codec.bins(payload) if knowledge == "adaptive" else None,
+    labels=labels.reshape(w.shape) if config.labels_known else None,
+    learning_rate=jnp.float32(config.client_lr),
+  )
+
+
+def _attack(
+  config: Config,
+  built: setting.Setting,
+  attack: attacks.Attack,
+  spec: str,
+  knowledge: str,
+  watched: Sequence[Watched],
+  run_dir: pathlib.Path,
+) -> list[dict[str, Any]]:
+  truths = [_truth(built, w) for w in watched]
+  seen = [
+    _observe(config, w, knowledge, y)
+    for w, (_, y) in zip(watched, truths, strict=True)
+  ]
+  batch = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+  restarts = config.attack_restarts or attack.restarts
+  found = attacks.run(
+    attack, batch, setting.key(config, setting.ATTACKS), restarts=restarts
+  )
+  lines, kept = [], {}
+  pool = np.asarray(built.data.x_train[: metrics.MAX_CANDIDATES]) / 255.0
+  for i, (w, (x, y)) in enumerate(zip(watched, truths, strict=True)):
+    order = metrics.match(x, found.x[i])
+    image, label = found.x[i][order], found.labels[i][order]
+    scores = {
+      "mse": metrics.mse(x, image),
+      "psnr_db": metrics.psnr_db(x, image),
+      "ssim": metrics.ssim(x, image),
+    }
+    again = metrics.reidentified(x, image, pool.astype(np.float32))
+    for j, row in enumerate(w.rows):
+      line = {
+        "defense": w.defense.spec,
+        "attack": spec,
+        "knowledge": knowledge,
+        "dataset": config.dataset,
+        "model": config.model,
+        "image": f"{w.split}:{row}",
+        "client": w.client,
+        "round": w.round,
+        "batch_size": w.shape[1],
+        "local_steps": w.shape[0],
+        "labels_known": config.labels_known,
+        "weights": "initial" if w.round <= 1 else "trained",
+        "iterations": int(found.iterations[i]),
+        "restarts": restarts,
+        "objective": folder.number(found.objective[i]),
+        "seconds": found.seconds / sum(len(v.rows) for v in watched),
+        **{name: folder.number(value[j]) for name, value in scores.items()},
+        "label_correct": bool(label[j] == y[j]),
+        "reidentified": bool(again[j]),
+      }
+      folder.append_line(run_dir / "attacks.jsonl", line)
+      lines.append(line)
+    kept.setdefault(w.round, []).append((x, image, y, label, w))
+  for round_number, parts in kept.items():
+    _keep(run_dir, spec, knowledge, round_number, parts)
+  return lines
+
+
+def _keep(run_dir, spec, knowledge, round_number, parts) -> None:
+  x, image, y, label = (
+    np.concatenate([part[i] for part in parts]) for i in range(4)
+  )
+  clients = np.concatenate([[w.client] * len(w.rows) for *_, w in parts])
+  defense = parts[0][-1].defense.spec
+  buffer = io.BytesIO()
+  np.savez_compressed(
+    buffer,
+    attack=spec,
+    knowledge=knowledge,
+    defense=defense,
+    round=round_number,
+    original=x,
+    reconstruction=image,
+    label=y,
+    recovered_label=label,
+    client=clients,
+  )
+  batch = "x".join(str(n) for n in parts[0][-1].shape)
+  name = "_".join(
+    (_slug(spec), knowledge, _slug(defense), f"round{round_number}", batch)
+  )
+  folder.write_atomically(
+    run_dir / "reconstructions" / f"{name}.npz", buffer.getvalue()
+  )
+
+
+def _slug(text: str) -> str:
+  return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-")

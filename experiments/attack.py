@@ -1,0 +1,123 @@
+"""The task `attack`: the updates of given images, inverted without training."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import adversary, folder, setting, summary
+from experiments.config import Config, images
+from mpqfl_jax import errors, federated
+from mpqfl_jax.defenses import Defense
+from mpqfl_jax.types import Cohort, Examples
+
+
+def run(
+  config: Config, built: setting.Setting, run_dir: pathlib.Path
+) -> dict[str, Any]:
+  """Each update is one client's, at the initial weights, over the wire.
+
+  Args:
+    config: the run's.
+    built: what its defences share; its clients hold the attacked images.
+    run_dir: the run's folder.
+
+  Returns:
+    What `summary.json` holds.
+
+  Raises:
+    UserError: an image that the split does not have.
+  """
+  begin = time.perf_counter()
+  params = built.model.init(setting.key(config, setting.WEIGHTS))
+  watched: list[adversary.Watched] = []
+  entries: dict[str, dict[str, Any]] = {}
+  for defense in built.defenses:
+    start = time.perf_counter()
+    mine = _updates(config, built, defense, params)
+    watched += mine
+    entries[defense.spec] = {
+      "test_accuracy": None,
+      "final_params_sha256": summary.params_sha256(params),
+      "uplink_bytes_per_client": float(np.mean([len(w.message) for w in mine])),
+      "epsilon": None
+      if defense.epsilon is None
+      else folder.number(defense.epsilon(1, config.delta)),
+      "delta": None if defense.epsilon is None else config.delta,
+      "seconds": time.perf_counter() - start,
+      "compile_seconds": 0.0,
+    }
+  found, references = adversary.attack_all(config, built, watched, run_dir)
+  for spec, entry in entries.items():
+    entry["attacks"] = found.get(spec, {})
+  return summary.of_run(config, entries, references, built.float32_bytes, begin)
+
+
+def check(config: Config, built: setting.Setting) -> None:
+  """Refuses images that the split does not have.
+
+  Raises:
+    UserError: as said.
+  """
+  split, rows = images(config.attack_images)
+  have = len(built.data.y_train if split == "train" else built.data.y_test)
+  if rows.stop > have:
+    raise errors.UserError(
+      f"--attack_images={config.attack_images}, but the {split} split of"
+      f" {config.dataset} has {have} images. Expected rows 0 to {have - 1}."
+    )
+
+
+def _updates(
+  config: Config, built: setting.Setting, defense: Defense, params
+) -> list[adversary.Watched]:
+  split = images(config.attack_images)[0]
+  data = built.data
+  x, y = (
+    (data.x_train, data.y_train)
+    if split == "train"
+    else (data.x_test, data.y_test)
+  )
+  order = built.clients.order
+  # Only the attacked images go to the device.
+  examples = Examples(
+    jnp.asarray(x[order]),
+    jnp.asarray(y[order], jnp.int32),
+    jnp.arange(len(order), dtype=jnp.int32),
+  )
+  turn = jax.jit(
+    federated.client_turn(built.training, defense.transform, defense.codec)
+  )
+  key = setting.key(config, setting.ROUNDS)
+  state = (defense.transform.init(params), defense.codec.init(params))
+  kept = []
+  for client in range(built.clients.num_clients):
+    offset = int(built.clients.offsets[client])
+    size = int(built.clients.sizes[client])
+    shape = setting.update_shape(config, built.schedule, size)
+    if shape is None:
+      raise errors.UserError(
+        f"--local_epochs={config.local_epochs} shows an image in more than one"
+        " step, which the attacks do not model. Expected --local_epochs=1."
+      )
+    who = Cohort(jnp.int32(client), jnp.int32(offset), jnp.int32(size))
+    out = turn(params, examples, who, state, key)
+    from experiments.train import visited
+
+    rows = visited(built.schedule, examples, key, client, offset, size, shape)
+    kept.append(
+      adversary.Watched(
+        defense=defense,
+        round=0,
+        client=client,
+        params=jax.device_get(params),
+        message=defense.codec.pack(jax.device_get(out.payload)),
+        split=split,
+        rows=order[rows],
+        shape=shape,
+      )
+    )
+  return kept

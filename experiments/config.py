@@ -1,0 +1,246 @@
+"""Flags, and the one frozen config that they become."""
+
+import dataclasses
+import re
+from typing import Any
+
+from absl import flags
+
+from mpqfl_jax import attacks as attacks_lib
+from mpqfl_jax import datasets, errors, federated, models, partition, specs
+
+TASKS = ("train", "attack")
+ALGORITHMS = ("fed_avg", "fed_sgd")
+KNOWLEDGE = ("blind", "adaptive")
+DATASETS = (*datasets.SAMPLES, *datasets.FULL_SETS)
+
+
+def _define() -> None:
+  f = flags
+  f.DEFINE_enum(
+    "task",
+    "train",
+    TASKS,
+    "train: a federated run, attacked where"
+    " --attack is set; attack: invert the updates of given images.",
+  )
+  f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
+  f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")
+  f.DEFINE_integer("seed", 0, "Everything random derives from it.", 0)
+
+  f.DEFINE_string("dataset", "mnist_sample", ", ".join(DATASETS) + ".")
+  f.DEFINE_string("data_dir", None, "TFDS folder of a full set.")
+  f.DEFINE_string(
+    "partition",
+    "iid",
+    f"How clients share the training set: {', '.join(partition.PARTITIONS)}.",
+  )
+  f.DEFINE_float(
+    "size_sigma",
+    0.0,
+    "Deviation of the log of clients' sizes"
+    " (iid, dirichlet); 0 makes them equal.",
+    0.0,
+  )
+  f.DEFINE_float("dirichlet_alpha", 0.3, "Concentration of the labels.", 0.0)
+
+  f.DEFINE_string("model", "lenet_zhu", f"{', '.join(models.MODELS)}.")
+  f.DEFINE_integer("num_clients", 100, "Clients in the population.", 1)
+  f.DEFINE_integer("cohort_size", 10, "Clients that take part in a round.", 1)
+  f.DEFINE_integer("rounds", 20, "Rounds of training.", 1)
+  f.DEFINE_integer("local_epochs", 1, "A client's passes over its data.", 1)
+  f.DEFINE_integer("local_steps", None, "Steps instead of epochs.", 1)
+  f.DEFINE_integer("batch_size", 10, "Images in a client's step.", 1)
+  f.DEFINE_float("client_lr", 0.1, "The client's SGD step size.", 0.0)
+  f.DEFINE_enum(
+    "algorithm",
+    "fed_avg",
+    ALGORITHMS,
+    "Local SGD, or one gradient over a client's data.",
+  )
+  f.DEFINE_string(
+    "server_optimizer",
+    "sgd",
+    f"Applied to the mean update: {', '.join(federated.SERVER_OPTIMIZERS)}.",
+  )
+  f.DEFINE_float("server_lr", 1.0, "The server's step size.", 0.0)
+  f.DEFINE_integer("eval_every", 1, "Rounds from one test to the next.", 1)
+
+  f.DEFINE_string(
+    "defense",
+    "none",
+    "Comma-separated, run side by side from"
+    " the same seed: name, name(key=value,...), or a policy file.",
+  )
+  f.DEFINE_float("delta", 1e-5, "Delta of every (epsilon, delta).", 0.0, 1.0)
+
+  f.DEFINE_string(
+    "attack",
+    "",
+    f"Comma-separated: {', '.join(attacks_lib.ATTACKS)}, with (key=value,...).",
+  )
+  f.DEFINE_string(
+    "attack_knowledge",
+    "blind",
+    "blind, adaptive, or both: whether the attacker knows the codec.",
+  )
+  f.DEFINE_string("attack_rounds", "1", "Rounds whose updates are attacked.")
+  f.DEFINE_integer(
+    "attack_clients",
+    2,
+    "Updates attacked in such a round: those of the fewest images.",
+    1,
+  )
+  f.DEFINE_string("attack_images", "test:0-3", "What --task=attack inverts.")
+  f.DEFINE_integer("attack_restarts", None, "Starting points.", 1)
+  f.DEFINE_bool("labels_known", False, "Whether the attacker has the labels.")
+
+  f.DEFINE_string(
+    "plan", "auto", "How a cohort is executed: auto, loop, vmap, chunk(size=8)."
+  )
+  f.DEFINE_integer(
+    "devices", None, "Devices used; default all, on a CPU one a core.", 1
+  )
+
+
+_define()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Every flag, resolved and checked; fields are named as the flags are."""
+
+  task: str
+  output_dir: str
+  overwrite: bool
+  seed: int
+  dataset: str
+  data_dir: str | None
+  partition: str
+  size_sigma: float
+  dirichlet_alpha: float
+  model: str
+  num_clients: int
+  cohort_size: int
+  rounds: int
+  local_epochs: int
+  local_steps: int | None
+  batch_size: int
+  client_lr: float
+  algorithm: str
+  server_optimizer: str
+  server_lr: float
+  eval_every: int
+  defense: tuple[str, ...]
+  delta: float
+  attack: tuple[str, ...]
+  attack_knowledge: tuple[str, ...]
+  attack_rounds: tuple[int, ...]
+  attack_clients: int
+  attack_images: str
+  attack_restarts: int | None
+  labels_known: bool
+  plan: str
+  devices: int | None
+
+
+def from_flags(values: flags.FlagValues) -> Config:
+  """The config that the command line asks for.
+
+  Raises:
+    UserError: a value that no run can have, before anything is touched.
+  """
+  given: dict[str, Any] = {
+    field.name: values[field.name].value for field in dataclasses.fields(Config)
+  }
+  for name in ("defense", "attack", "attack_knowledge"):
+    given[name] = tuple(specs.split(given[name]))
+  given["attack_rounds"] = _numbers("attack_rounds", given["attack_rounds"])
+  config = Config(**given)
+  _check(config)
+  return config
+
+
+def _check(config: Config) -> None:
+  known = (
+    ("dataset", config.dataset, DATASETS),
+    ("model", config.model, models.MODELS),
+    ("partition", config.partition, partition.PARTITIONS),
+    ("server optimizer", config.server_optimizer, federated.SERVER_OPTIMIZERS),
+    *(
+      ("attack", specs.parse(a)[0], attacks_lib.ATTACKS) for a in config.attack
+    ),
+    *(("--attack_knowledge", k, KNOWLEDGE) for k in config.attack_knowledge),
+  )
+  for kind, name, table in known:
+    if name not in table:
+      raise errors.unknown_name(kind, name, table)
+  if not config.defense:
+    raise errors.UserError("--defense is empty. Expected, for instance, none.")
+  for name in ("defense", "attack"):
+    items = getattr(config, name)
+    if len(set(items)) < len(items):
+      raise errors.UserError(f"--{name} names the same one twice: {items}.")
+  if not config.attack_knowledge:
+    raise errors.UserError("--attack_knowledge is empty. Expected blind.")
+  for name in ("client_lr", "server_lr"):
+    if not getattr(config, name) > 0:
+      raise errors.UserError(f"--{name} is 0. Expected a number above 0.")
+  if not 0 < config.delta < 1:
+    raise errors.UserError(
+      f"--delta={config.delta}. Expected a number between 0 and 1, such as"
+      " 1e-5."
+    )
+  if config.task == "train":
+    if config.cohort_size > config.num_clients:
+      raise errors.UserError(
+        f"--cohort_size={config.cohort_size} is larger than"
+        f" --num_clients={config.num_clients}. Expected at most as many as"
+        " there are clients."
+      )
+    late = [r for r in config.attack_rounds if not 1 <= r <= config.rounds]
+    if config.attack and late:
+      raise errors.UserError(
+        f"--attack_rounds names round {late[0]}, but rounds go from 1 to"
+        f" --rounds={config.rounds}."
+      )
+  elif not config.attack:
+    raise errors.UserError(
+      "--task=attack needs --attack. Expected one or more of"
+      f" {', '.join(attacks_lib.ATTACKS)}."
+    )
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+  if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+    raise errors.UserError(
+      f"--{flag}={text}. Expected whole numbers, such as 1,20."
+    )
+  return tuple(sorted({int(part) for part in text.split(",")}))
+
+
+def images(spec: str) -> tuple[str, range]:
+  """Parses `--attack_images`.
+
+  Args:
+    spec: `train:0-7` or `test:5000-5007`, both ends included, or `test:3`.
+
+  Returns:
+    (split, range of rows).
+
+  Raises:
+    UserError: of another form, or an empty range.
+  """
+  match = re.fullmatch(r"(train|test):(\d+)(?:-(\d+))?", spec.strip())
+  if match is None:
+    raise errors.UserError(
+      f"--attack_images={spec}. Expected a split and rows, such as test:0-7."
+    )
+  first = int(match[2])
+  last = first if match[3] is None else int(match[3])
+  if last < first:
+    raise errors.UserError(
+      f"--attack_images={spec} names no image. Expected first-last with first"
+      " at most last."
+    )
+  return match[1], range(first, last + 1)

@@ -1,0 +1,124 @@
+"""A run's folder: made safely, written so that a crash loses nothing."""
+
+from collections.abc import Mapping
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpqfl_jax import errors
+
+_MARK = "config.json"
+
+
+def create(path: str, overwrite: bool) -> pathlib.Path:
+  """Makes the folder of a new run.
+
+  Args:
+    path: where.
+    overwrite: whether a former run there may go. Only a folder that holds a
+      `config.json` counts as a run.
+
+  Raises:
+    UserError: something is there already, or it cannot be made.
+  """
+  folder = pathlib.Path(path)
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      if not overwrite:
+        raise errors.UserError(
+          f"{folder} exists already and nothing was changed. Give another"
+          " --output_dir, or --overwrite to replace the run in it."
+        )
+      if not (folder / _MARK).is_file():
+        raise errors.UserError(
+          f"{folder} holds no {_MARK}, so it is not a run and --overwrite"
+          " leaves it alone. Give another --output_dir."
+        )
+      shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot make --output_dir={folder}: {e.strerror}. Give a folder that"
+      " can be written."
+    ) from e
+  return folder
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes a JSON file whole or not at all."""
+  write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+  """Writes a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "wb") as file:
+      file.write(data)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise
+
+
+def append_line(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Adds a JSON line and hands it to the operating system at once."""
+  with path.open("a") as file:
+    file.write(json.dumps(value) + "\n")
+
+
+def number(value: Any) -> float | None:
+  """A float for JSON, which has no NaN and no infinity: None then."""
+  value = float(value)
+  return value if np.isfinite(value) else None
+
+
+def environment() -> dict[str, Any]:
+  """Versions, commit and host, for `config.json`."""
+  packages = ("mpqfl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+  return {
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+    },
+    "commit": _commit(),
+    "host": {
+      "platform": platform.platform(),
+      "cores": os.cpu_count(),
+      "backend": jax.default_backend(),
+      "devices": [str(device) for device in jax.devices()],
+    },
+  }
+
+
+def _commit() -> str | None:
+  """The checkout's commit, marked where it has changes; None outside one."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ["git", "-C", str(root), *args],
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stdout.strip()
+
+  try:
+    # A package installed under somebody else's checkout is not that checkout.
+    if pathlib.Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+      return None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -1,0 +1,174 @@
+"""Builds what a config asks for: data, clients, model, training, defences."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.config import Config
+from mpqfl_jax import (
+  datasets,
+  defenses,
+  engine,
+  errors,
+  local,
+  models,
+  partition,
+  precision,
+)
+from mpqfl_jax.types import Model, Params
+
+# Each use of randomness has its own stream, so that adding one moves no other.
+PARTITION, SAMPLING, NOISE_IMAGES = range(3)
+WEIGHTS, ROUNDS, ATTACKS = range(3)
+
+
+class Setting(NamedTuple):
+  """What all defences of a run share.
+
+  Attributes:
+    data: the data set.
+    model: the classifier, its convolutions in the plan's form.
+    plan: how a cohort is executed.
+    mesh: the devices.
+    training: what a client computes.
+    schedule: how it goes through its examples.
+    clients: who holds which examples.
+    template: shapes of the parameters.
+    defenses: in the order of the flag.
+    float32_bytes: what an update costs without a codec, header included.
+  """
+
+  data: datasets.Dataset
+  model: Model
+  plan: engine.Plan
+  mesh: jax.sharding.Mesh
+  training: local.LocalTraining
+  schedule: local.Schedule
+  clients: partition.Partition
+  template: Params
+  defenses: list[defenses.Defense]
+  float32_bytes: int
+
+
+def rng(config: Config, stream: int, *index: int) -> np.random.Generator:
+  """The host's generator of one stream, at a place such as a round."""
+  return np.random.default_rng([config.seed, stream, *index])
+
+
+def key(config: Config, stream: int) -> jax.Array:
+  """The device's key of one stream."""
+  return jax.random.fold_in(jax.random.key(config.seed), stream)
+
+
+def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
+  """The config's model for a data set, in one form of convolution."""
+  return models.make(
+    config.model,
+    data.x_train.shape[1:],
+    len(data.class_names),
+    data.mean,
+    data.std,
+    conv,
+  )
+
+
+def build(config: Config) -> Setting:
+  """Builds everything, so that a mistake shows before anything is written.
+
+  Raises:
+    UserError: whatever is wrong with the values together.
+  """
+  plan = engine.plan(config.plan, jax.default_backend())
+  mesh = engine.mesh(config.devices)
+  data = datasets.load(config.dataset, config.data_dir)
+  net = model(config, data, plan.conv)
+  template = jax.eval_shape(net.init, jax.random.key(0))
+  built = [defenses.make(spec, template) for spec in config.defense]
+  if config.task == "attack":
+    clients = _one_client_an_update(config)
+  else:
+    clients = _population(config, data)
+  schedule = local.Schedule(
+    batch_size=config.batch_size,
+    max_examples=int(clients.sizes.max()),
+    epochs=config.local_epochs,
+    steps=config.local_steps,
+  )
+  if config.algorithm == "fed_sgd":
+    training = local.gradient(net, config.client_lr, schedule)
+  else:
+    training = local.sgd(net, optax.sgd(config.client_lr), schedule)
+  return Setting(
+    data,
+    net,
+    plan,
+    mesh,
+    training,
+    schedule,
+    clients,
+    template,
+    built,
+    message_bytes(template),
+  )
+
+
+def message_bytes(template: Params) -> int:
+  """Length of a float32 message of the model's size, header included."""
+  codec = precision.make("none", template)
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
+  payload, _ = codec.encode(jax.random.key(0), zeros, codec.init(zeros))
+  return int(codec.num_bytes(payload))
+
+
+def _population(config: Config, data: datasets.Dataset) -> partition.Partition:
+  options = {}
+  if config.partition == "dirichlet":
+    options["alpha"] = config.dirichlet_alpha
+  if config.size_sigma and config.partition != "shards":
+    options["size_sigma"] = config.size_sigma
+  return partition.make(
+    config.partition,
+    data.y_train,
+    config.num_clients,
+    rng(config, PARTITION),
+    **options,
+  )
+
+
+def _one_client_an_update(config: Config) -> partition.Partition:
+  from experiments.config import images
+
+  rows = images(config.attack_images)[1]
+  size = config.batch_size * (config.local_steps or 1)
+  if len(rows) % size:
+    raise errors.UserError(
+      f"--attack_images={config.attack_images} are {len(rows)} images, which"
+      f" do not make whole updates of {size} (batch_size times local_steps)."
+      " Give a multiple."
+    )
+  order = np.arange(rows.start, rows.stop)
+  return partition.Partition(order, np.arange(0, len(rows) + 1, size))
+
+
+def update_shape(
+  config: Config, schedule: local.Schedule, size: int
+) -> tuple[int, int] | None:
+  """What an attacker knows of how a client of `size` examples trained.
+
+  Returns:
+    (local steps, images in each); None where batches are ragged or images come
+    up again in a later step, which the attacks do not model.
+  """
+  if size == 0:
+    return None
+  if config.algorithm == "fed_sgd":
+    return 1, size
+  steps = int(schedule.num_steps(jnp.int32(size)))
+  if steps == 1:
+    return 1, min(size, schedule.batch_size)
+  if size >= steps * schedule.batch_size:
+    return steps, schedule.batch_size
+  return None

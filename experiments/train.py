@@ -1,0 +1,241 @@
+"""The task `train`: federated training under each defence, then attacks."""
+
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from experiments import adversary, folder, setting, summary
+from experiments.config import Config
+from mpqfl_jax import engine, federated, local
+from mpqfl_jax.defenses import Defense
+from mpqfl_jax.types import Cohort, Examples
+
+
+def run(
+  config: Config, built: setting.Setting, run_dir: pathlib.Path
+) -> dict[str, Any]:
+  """Trains under every defence from the same seed, then attacks.
+
+  Args:
+    config: the run's.
+    built: what its defences share.
+    run_dir: the run's folder; every finished round's metrics are in it at any
+      time.
+
+  Returns:
+    What `summary.json` holds.
+  """
+  begin = time.perf_counter()
+  data = built.data
+  examples = jax.device_put(
+    Examples(
+      np.asarray(data.x_train),
+      np.asarray(data.y_train, np.int32),
+      built.clients.order.astype(np.int32),
+    ),
+    jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec()),
+  )
+  evaluate = engine.evaluate(
+    built.model, built.mesh, np.asarray(data.x_test), data.y_test
+  )
+  entries: dict[str, dict[str, Any]] = {}
+  watched: list[adversary.Watched] = []
+  for defense in built.defenses:
+    entry, kept = _train(config, built, defense, examples, evaluate, run_dir)
+    entries[defense.spec] = entry
+    watched.extend(kept)
+  found, references = adversary.attack_all(config, built, watched, run_dir)
+  for spec, entry in entries.items():
+    entry["attacks"] = found.get(spec, {})
+  return summary.of_run(config, entries, references, built.float32_bytes, begin)
+
+
+def sample(config: Config, built: setting.Setting, round_number: int) -> Cohort:
+  """The round's cohort, drawn uniformly without replacement."""
+  ids = setting.rng(config, setting.SAMPLING, round_number).choice(
+    config.num_clients, config.cohort_size, replace=False
+  )
+  return Cohort(
+    ids.astype(np.int32),
+    built.clients.offsets[ids].astype(np.int32),
+    built.clients.sizes[ids].astype(np.int32),
+  )
+
+
+def choose_watched(
+  config: Config, built: setting.Setting, cohort: Cohort, round_number: int
+) -> np.ndarray:
+  """The clients whose updates the server keeps in this round.
+
+  It picks those of the fewest images, which leak the most.
+
+  Returns:
+    [attack_clients] int32 ids, -1 where there is none.
+  """
+  ids = np.full(config.attack_clients, -1, np.int32)
+  if config.attack and round_number in config.attack_rounds:
+    order = np.lexsort((cohort.client_id, cohort.size))
+    fit = [
+      i
+      for i in order
+      if setting.update_shape(config, built.schedule, int(cohort.size[i]))
+    ][: config.attack_clients]
+    ids[: len(fit)] = cohort.client_id[fit]
+  return ids
+
+
+def _train(
+  config: Config,
+  built: setting.Setting,
+  defense: Defense,
+  examples: Examples,
+  evaluate,
+  run_dir: pathlib.Path,
+) -> tuple[dict[str, Any], list[adversary.Watched]]:
+  algorithm = federated.federated(
+    built.model,
+    built.training,
+    defense.transform,
+    defense.codec,
+    federated.server_optimizer(config.server_optimizer, config.server_lr),
+    config.num_clients,
+    built.plan,
+    built.mesh,
+  )
+  whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
+  state = jax.device_put(
+    algorithm.init(setting.key(config, setting.WEIGHTS)), whole
+  )
+  rounds_key = setting.key(config, setting.ROUNDS)
+  round_fn, compile_seconds = None, 0.0
+  kept: list[adversary.Watched] = []
+  participations = np.zeros(config.num_clients, np.int64)
+  uplink, accuracy, loss = 0, float("nan"), float("nan")
+  begin = time.perf_counter()
+  bar = tqdm.trange(
+    1, config.rounds + 1, desc=defense.spec, unit="round", disable=None
+  )
+  for round_number in bar:
+    start = time.perf_counter()
+    cohort = sample(config, built, round_number)
+    ids = choose_watched(config, built, cohort, round_number)
+    args = jax.device_put(
+      (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
+    )
+    if round_fn is None:
+      round_fn = algorithm.round.lower(state, examples, *args).compile()
+      compile_seconds = time.perf_counter() - start
+      start = time.perf_counter()
+    before = state
+    state, aux = round_fn(state, examples, *args)
+    aux = jax.device_get(aux)
+    if (ids >= 0).any():
+      kept += _keep(
+        config,
+        built,
+        defense,
+        before,
+        examples,
+        cohort,
+        ids,
+        args[-1],
+        aux.payloads,
+        round_number,
+      )
+    test = round_number % config.eval_every == 0
+    if test or round_number == config.rounds:
+      loss, accuracy = evaluate(state.params)
+      bar.set_postfix(accuracy=f"{accuracy:.1%}")
+    participations[cohort.client_id] += 1
+    sent = int(aux.uplink_bytes.sum(dtype=np.int64))
+    uplink += sent
+    weight = cohort.size * aux.accepted
+    folder.append_line(
+      run_dir / "metrics.jsonl",
+      {
+        "defense": defense.spec,
+        "round": round_number,
+        "train_loss": folder.number(
+          np.sum(weight * np.where(aux.accepted, aux.loss, 0))
+          / max(weight.sum(), 1)
+        ),
+        "test_loss": folder.number(loss),
+        "test_accuracy": folder.number(accuracy),
+        "uplink_bytes": sent,
+        "downlink_bytes": config.cohort_size * built.float32_bytes,
+        "participants": int(aux.accepted.sum()),
+        "rejected": int((~aux.accepted & (cohort.size > 0)).sum()),
+        "seconds": time.perf_counter() - start,
+      },
+    )
+  epsilon = None
+  if defense.epsilon is not None:
+    epsilon = folder.number(
+      defense.epsilon(int(participations.max()), config.delta)
+    )
+  entry = {
+    "test_accuracy": folder.number(accuracy),
+    "final_params_sha256": summary.params_sha256(state.params),
+    "uplink_bytes_per_client": uplink / (config.rounds * config.cohort_size),
+    "epsilon": epsilon,
+    "delta": config.delta if epsilon is not None else None,
+    "seconds": time.perf_counter() - begin - compile_seconds,
+    "compile_seconds": compile_seconds,
+  }
+  return entry, kept
+
+
+def _keep(
+  config, built, defense, before, examples, cohort, ids, key, payloads, number
+) -> list[adversary.Watched]:
+  params = jax.device_get(before.params)
+  kept = []
+  for slot, client in enumerate(ids):
+    if client < 0:
+      continue
+    place = int(np.flatnonzero(cohort.client_id == client)[0])
+    offset, size = int(cohort.offset[place]), int(cohort.size[place])
+    shape = setting.update_shape(config, built.schedule, size)
+    assert shape is not None  # choose_watched picked it
+    rows = visited(built.schedule, examples, key, client, offset, size, shape)
+    payload = jax.tree.map(lambda leaf: leaf[slot], payloads)
+    kept.append(
+      adversary.Watched(
+        defense=defense,
+        round=number,
+        client=int(client),
+        params=params,
+        message=defense.codec.pack(payload),
+        split="train",
+        rows=rows,
+        shape=shape,
+      )
+    )
+  return kept
+
+
+def visited(
+  schedule: local.Schedule,
+  examples: Examples,
+  round_key,
+  client: int,
+  offset: int,
+  size: int,
+  shape: tuple[int, int],
+) -> np.ndarray:
+  """Rows of the training set that a client's update is made of, in order."""
+  batches = federated.client_keys(round_key, client)[0]
+  # A gradient over all of the client's data is one step of many batches.
+  rows, mask = schedule.rows(
+    batches,
+    jnp.int32(offset),
+    jnp.int32(size),
+    examples.order,
+    -(-shape[0] * shape[1] // schedule.batch_size),
+  )
+  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
