@@ -1,0 +1,64 @@
+"""Gradient inversion: what a server reads out of one client's update.
+
+attack = attacks.make("dlg", model)
+found = attacks.run(attack, observations, jax.random.key(0))
+"""
+
+from collections.abc import Callable
+import inspect
+
+from mpqfl_jax import errors
+from mpqfl_jax.attacks import dlg, inverting_gradients
+from mpqfl_jax.attacks.core import Attack, simulate
+from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
+from mpqfl_jax.types import Model
+
+__all__ = [
+  "ATTACKS",
+  "Attack",
+  "Interrupted",
+  "Reconstruction",
+  "make",
+  "run",
+  "simulate",
+]
+
+# name -> (constructor, one line with its source)
+ATTACKS: dict[str, tuple[Callable[..., Attack], str]] = {
+  "dlg": (dlg.dlg, "Deep Leakage from Gradients, Zhu et al. 2019"),
+  "idlg": (dlg.idlg, "Improved DLG: label first, Zhao et al. 2020"),
+  "inverting_gradients": (
+    inverting_gradients.inverting_gradients,
+    "cosine distance and total variation, Geiping et al. 2020",
+  ),
+}
+
+
+def make(
+  name: str, model: Model, *, steps: int = 1, batch: int = 1, **params
+) -> Attack:
+  """Builds an attack by name.
+
+  Args:
+    name: one of `ATTACKS`.
+    model: the classifier under attack; on a CPU `conv="slices"` is the fastest
+      form for its second derivatives.
+    steps: local steps of the observed clients.
+    batch: images in a step.
+    **params: settings of the attack, by its constructor's keyword arguments.
+
+  Raises:
+    UserError: no such attack or setting.
+  """
+  if name not in ATTACKS:
+    raise errors.unknown_name("attack", name, ATTACKS)
+  constructor = ATTACKS[name][0]
+  known = [
+    p.name
+    for p in inspect.signature(constructor).parameters.values()
+    if p.kind is p.KEYWORD_ONLY
+  ]
+  for param in params:
+    if param not in known:
+      raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
+  return constructor(model, steps, batch, **params)

@@ -1,0 +1,169 @@
+"""Deep Leakage from Gradients, and what grew out of it directly.
+
+Dummy images, and dummy label logits where the labels are unknown, are moved by
+L-BFGS until their update equals the observed one.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpqfl_jax import errors
+from mpqfl_jax.attacks import core, lbfgs, objectives
+from mpqfl_jax.attacks import labels as labels_lib
+from mpqfl_jax.types import Array, Key, Model, Observation
+
+
+class State(NamedTuple):
+  """Optimiser state and the labels that are held fixed.
+
+  Attributes:
+    optimizer: L-BFGS over standardised pixels and, where the labels are
+      searched for, their logits, as one vector.
+    labels: [steps, batch] int32; unused where they are searched for.
+  """
+
+  optimizer: lbfgs.State
+  labels: Array
+
+
+def _matching(
+  name: str,
+  objective,
+  infer: bool,
+  model: Model,
+  steps: int,
+  batch: int,
+  iterations: int,
+  restarts: int,
+  history: int,
+  tolerance: float,
+) -> core.Attack:
+  images = steps * batch
+  pixels = images * model.image_shape[0] * model.image_shape[1]
+  pixels *= model.image_shape[2]
+
+  def split(v: Array) -> tuple[Array, Array]:
+    x = core.to_images(model, v[:pixels])
+    logits = v[pixels:].reshape(steps, batch, -1)
+    return x.reshape(steps, batch, *model.image_shape), logits
+
+  def joint(observation: Observation) -> bool:
+    return observation.labels is None and not infer
+
+  def loss(v: Array, labels: Array, observation: Observation) -> Array:
+    x, logits = split(v)
+    if joint(observation):
+      labels = jax.nn.softmax(logits)
+    update = core.simulate(
+      model, observation.params, x, labels, observation.learning_rate
+    )
+    return objective(update, observation)
+
+  def init(key: Key, observation: Observation) -> State:
+    size = pixels + images * model.num_classes * joint(observation)
+    v = jax.random.normal(key, (size,))
+    if observation.labels is not None:
+      labels = observation.labels
+    elif infer:
+      labels = labels_lib.infer(model, observation, steps, batch)
+    else:
+      labels = jnp.zeros((steps, batch), jnp.int32)
+    return State(lbfgs.init(v, history), labels)
+
+  def step(state: State, observation: Observation) -> tuple[State, Array]:
+    fn = functools.partial(loss, labels=state.labels, observation=observation)
+    value = state.optimizer.value
+    return state._replace(optimizer=lbfgs.step(fn, state.optimizer)), value
+
+  def extract(state: State) -> tuple[Array, Array]:
+    x, logits = split(state.optimizer.x)
+    x = jnp.clip(x, 0.0, 1.0).reshape(images, *model.image_shape)
+    labels = jnp.argmax(logits, -1) if logits.size else state.labels
+    return x, labels.reshape(images).astype(jnp.int32)
+
+  def finished(state: State) -> Array:
+    stuck = state.optimizer.failures >= 3
+    return stuck | (state.optimizer.value < tolerance)
+
+  def check(observation: Observation) -> None:
+    core.check_labels(observation, steps, batch)
+    if infer and observation.labels is None:
+      labels_lib.check(observation.params, model, images)
+      if images > 1:
+        raise errors.UserError(
+          f"{name} infers the label of one image; this update comes from"
+          f" {images}. Use dlg or inverting_gradients, or give the labels."
+        )
+
+  return core.Attack(
+    name, init, step, extract, finished, check, images, iterations, restarts
+  )
+
+
+def dlg(
+  model: Model,
+  steps: int = 1,
+  batch: int = 1,
+  *,
+  iterations: int = 2400,
+  restarts: int = 1,
+  history: int = 100,
+  tolerance: float = 1e-12,
+) -> core.Attack:
+  """Deep Leakage from Gradients: squared distance, soft labels searched too.
+
+  Zhu, Liu and Han 2019, algorithm 1, by L-BFGS as there; 2,400 steps are the
+  300 calls of 20 inner steps of their code at the rate at which it stops early.
+
+  Args:
+    model: the classifier that was attacked.
+    steps: local steps of the client.
+    batch: images in a step.
+    iterations: most L-BFGS steps.
+    restarts: random starts, of which the one with the lowest objective counts.
+    history: curvature pairs kept.
+    tolerance: relative squared distance at which the search ends.
+  """
+  return _matching(
+    "dlg",
+    objectives.squared,
+    False,
+    model,
+    steps,
+    batch,
+    iterations,
+    restarts,
+    history,
+    tolerance,
+  )
+
+
+def idlg(
+  model: Model,
+  steps: int = 1,
+  batch: int = 1,
+  *,
+  iterations: int = 2400,
+  restarts: int = 1,
+  history: int = 100,
+  tolerance: float = 1e-12,
+) -> core.Attack:
+  """Improved DLG: the label is read off the last layer first.
+
+  Zhao, Mopuri and Bilen 2020. Arguments as for `dlg`.
+  """
+  return _matching(
+    "idlg",
+    objectives.squared,
+    True,
+    model,
+    steps,
+    batch,
+    iterations,
+    restarts,
+    history,
+    tolerance,
+  )

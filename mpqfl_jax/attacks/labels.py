@@ -1,0 +1,142 @@
+"""Reading labels off the last layer of an update.
+
+The gradient of the cross-entropy with respect to the last layer's bias is the
+batch's mean of probabilities minus one-hot labels, so that a label pulls its
+entry down and nothing else does.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpqfl_jax import errors, trees
+from mpqfl_jax.types import Array, Model, Observation, Params, Update
+
+
+class _Head(NamedTuple):
+  kernel: tuple
+  bias: tuple | None
+
+
+def head(params: Params, classes: int) -> _Head:
+  """Paths of the classifier's last dense layer.
+
+  Args:
+    params: nested dict of parameters (or their shapes).
+    classes: number of classes.
+
+  Raises:
+    UserError: no dense layer ends in `classes` units.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
+  kernels = [
+    path
+    for path, shape in shapes.items()
+    if path[-1] == "kernel" and len(shape) == 2 and shape[-1] == classes
+  ]
+  if not kernels:
+    raise errors.UserError(
+      f"label inference needs a last dense layer of {classes} units; the"
+      f" model's leaves are {', '.join(trees.leaf_names(params))}. Give the"
+      " labels to the attack instead."
+    )
+  kernel = max(kernels, key=lambda path: (len(path[-2]), path))
+  bias = (*kernel[:-1], "bias")
+  return _Head(kernel, bias if bias in shapes else None)
+
+
+def _get(tree, path: tuple):
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+def scores(update: Update, classes: int) -> Array:
+  """One number a class, [classes] float32, low where the class was present.
+
+  The bias entry where there is a bias; else the sum of the class's kernel
+  column, which has the same sign for activations that are never negative
+  (Zhao et al. 2020, equation 4).
+  """
+  paths = head(update, classes)
+  if paths.bias is not None:
+    return _get(update, paths.bias)
+  return jnp.sum(_get(update, paths.kernel), 0)
+
+
+def check(params: Params, model: Model, images: int) -> None:
+  """Refuses a model whose last layer does not show its labels.
+
+  Args:
+    params: the model's parameters.
+    model: the classifier.
+    images: steps * batch.
+
+  Raises:
+    UserError: the model has no last dense layer, or, for more than one image,
+      no bias in it.
+  """
+  if head(params, model.num_classes).bias is None and images > 1:
+    raise errors.UserError(
+      "label counts of a batch need a last layer with a bias; this model has"
+      " none. Give the labels to the attack instead."
+    )
+
+
+def infer(
+  model: Model, observation: Observation, steps: int, batch: int
+) -> Array:
+  """Labels of the images behind an update, ascending, [steps, batch] int32.
+
+  For one image the only negative score is the label's (iDLG; Zhao et al. 2020,
+  section 3). For more, the number of images of class c in a step is
+  batch * (mean probability of c - gradient of c's bias); the probabilities are
+  estimated by the model's answer to noise (as in LLG*, Wainakh et al. 2022,
+  section 4.2) and the counts are rounded so that they sum to the number of
+  images, largest remainder first. Which image belongs to which step is not in
+  the update of several steps: labels go to the steps in ascending order.
+
+  Args:
+    model: the classifier.
+    observation: what the adversary sees.
+    steps: local steps of the client.
+    batch: images in a step.
+
+  Raises:
+    UserError: the model has no last dense layer, or, for more than one image,
+      no bias in it.
+  """
+  classes, images = model.num_classes, steps * batch
+  score = scores(observation.update, classes)
+  if images == 1:
+    return jnp.argmin(score).astype(jnp.int32).reshape(1, 1)
+  check(observation.params, model, images)
+  noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
+  logits = model.apply(observation.params, noise * model.std + model.mean)
+  mean = jnp.mean(jax.nn.softmax(logits), 0)
+  gradient = score / (observation.learning_rate * steps)
+  counts = round_counts(images * (mean - gradient), images)
+  labels = jnp.repeat(
+    jnp.arange(classes, dtype=jnp.int32), counts, total_repeat_length=images
+  )
+  return labels.reshape(steps, batch)
+
+
+def round_counts(expected: Array, total: int) -> Array:
+  """Non-negative integers with a given sum, near the expected counts.
+
+  Args:
+    expected: [classes] float32.
+    total: what the result sums to.
+
+  Returns:
+    [classes] int32, by largest remainder.
+  """
+  expected = jnp.maximum(expected, 0.0)
+  expected = expected * total / jnp.maximum(jnp.sum(expected), 1e-12)
+  whole = jnp.floor(expected)
+  missing = total - jnp.sum(whole)
+  rank = jnp.argsort(jnp.argsort(whole - expected))
+  return (whole + (rank < missing)).astype(jnp.int32)

@@ -1,0 +1,123 @@
+"""How well a simulated update explains an observed one, and image priors.
+
+An objective is a function of (simulated update, observation) -> [] float32 and
+does not change when the update is scaled: one tolerance serves untrained
+and trained weights. Where the observation carries `bins` the objectives use
+them: an entry costs nothing inside the interval that the payload proves, and
+counts by the inverse of its expected squared error.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mpqfl_jax import trees
+from mpqfl_jax.types import Array, Observation, Update
+
+# Added to the variance of each leaf, relative to the leaf's mean square: how
+# far an exactly known leaf may outweigh a coarse one.
+VARIANCE_FLOOR = 1e-4
+
+
+def residual(simulated: Update, observation: Observation) -> Update:
+  """Simulated minus observed update, entry by entry.
+
+  For an adaptive adversary the residual of a deterministically rounded entry is
+  its distance from the interval it lay in, with its sign.
+  """
+  bins = observation.bins
+  if bins is None:
+    return trees.subtract(simulated, observation.update)
+
+  def leaf(u, v, low, high, stochastic):
+    return jnp.where(stochastic, u - v, u - jnp.clip(u, low, high))
+
+  return jax.tree.map(
+    leaf, simulated, observation.update, bins.lower, bins.upper, bins.stochastic
+  )
+
+
+def weights(observation: Observation) -> Update:
+  """Inverse variance of each entry; 1 for a blind adversary."""
+  if observation.bins is None:
+    return jax.tree.map(lambda v: jnp.ones((1,) * v.ndim), observation.update)
+
+  def leaf(v, variance):
+    floor = VARIANCE_FLOOR * jnp.mean(jnp.square(v)) + 1e-20
+    return 1.0 / (variance + floor)
+
+  return jax.tree.map(leaf, observation.update, observation.bins.variance)
+
+
+def _weighted(a: Update, b: Update, w: Update) -> Array:
+  return trees.vdot(trees_multiply(a, w), b)
+
+
+def trees_multiply(a: Update, b: Update) -> Update:
+  """Leafwise a * b, broadcasting."""
+  return jax.tree.map(jnp.multiply, a, b)
+
+
+def squared(simulated: Update, observation: Observation) -> Array:
+  """Squared distance, relative to the observed update's own square.
+
+  Zhu et al. 2019, equation 4, up to the scale.
+  """
+  r, w = residual(simulated, observation), weights(observation)
+  observed = observation.update
+  return _weighted(r, r, w) / (_weighted(observed, observed, w) + 1e-30)
+
+
+def squared_and_absolute(
+  simulated: Update, observation: Observation, ratio: float = 0.1
+) -> Array:
+  """Squared plus `ratio` times absolute distance, each relative.
+
+  TAG: Deng et al. 2021, equation 5.
+  """
+  r = residual(simulated, observation)
+  scale = jax.tree.map(jnp.sqrt, weights(observation))
+  absolute = jax.tree.map(lambda r, s: jnp.sum(jnp.abs(r * s)), r, scale)
+  reference = jax.tree.map(
+    lambda v, s: jnp.sum(jnp.abs(v * s)), observation.update, scale
+  )
+  relative = sum(jax.tree.leaves(absolute)) / (
+    sum(jax.tree.leaves(reference)) + 1e-30
+  )
+  return squared(simulated, observation) + ratio * relative
+
+
+def cosine(simulated: Update, observation: Observation) -> Array:
+  """One minus the cosine between the updates.
+
+  Geiping et al. 2020, equation 4. An adaptive adversary moves the observed
+  update to the nearest one that its payload allows.
+  """
+  w = weights(observation)
+  target = observation.update
+  if observation.bins is not None:
+    target = jax.lax.stop_gradient(
+      trees.subtract(simulated, residual(simulated, observation))
+    )
+  across = _weighted(simulated, target, w)
+  norms = _weighted(simulated, simulated, w) * _weighted(target, target, w)
+  return 1.0 - across * jax.lax.rsqrt(norms + 1e-30)
+
+
+OBJECTIVES = {
+  "squared": squared,
+  "squared_and_absolute": squared_and_absolute,
+  "cosine": cosine,
+}
+
+
+def total_variation(x: Array) -> Array:
+  """Mean absolute difference of neighbouring pixels, down plus across.
+
+  Anisotropic, as in Geiping et al. 2020 (their code; Rudin et al. 1992).
+
+  Args:
+    x: [images, height, width, channels].
+  """
+  down = jnp.abs(x[:, 1:] - x[:, :-1])
+  across = jnp.abs(x[:, :, 1:] - x[:, :, :-1])
+  return jnp.mean(down) + jnp.mean(across)

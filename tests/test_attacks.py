@@ -1,0 +1,195 @@
+"""The attack suite: contracts over all attacks, and the runner."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpqfl_jax import attacks, errors, models, types
+
+MEAN, STD = np.array([0.3], np.float32), np.array([0.4], np.float32)
+
+
+def small_model(name="mlp"):
+  return models.make(name, (6, 6, 1), 4, MEAN, STD, conv="slices")
+
+
+def observe(model, n=2, steps=1, batch=1, seed=0, labels=False, rate=0.1):
+  """n observations of clients that hold random images, and those images."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shape = (n, steps, batch)
+  x = jax.random.uniform(keys[0], (*shape, *model.image_shape))
+  y = jax.random.randint(keys[1], shape, 0, model.num_classes)
+  params = model.init(keys[2])
+  update = jax.vmap(lambda x, y: attacks.simulate(model, params, x, y, rate))(
+    x, y
+  )
+  repeat = lambda a: jnp.broadcast_to(a, (n, *a.shape))  # noqa: E731
+  observation = types.Observation(
+    jax.tree.map(repeat, params),
+    update,
+    None,
+    y if labels else None,
+    jnp.full((n,), rate),
+  )
+  return observation, np.asarray(x), np.asarray(y)
+
+
+def psnr(a, b):
+  return -10 * np.log10(np.mean((a - b) ** 2, axis=(-3, -2, -1)))
+
+
+def test_simulate_one_step_is_rate_times_gradient():
+  model = small_model()
+  params = model.init(jax.random.key(1))
+  x = jax.random.uniform(jax.random.key(2), (1, 3, 6, 6, 1))
+  y = jnp.array([[0, 3, 1]])
+  update = attacks.simulate(model, params, x, y, 0.5)
+
+  def loss(params):
+    return jnp.mean(models.cross_entropy(model, params, x[0], y[0]))
+
+  expected = jax.tree.map(lambda g: 0.5 * g, jax.grad(loss)(params))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    update,
+    expected,
+  )
+
+
+def test_simulate_many_steps_is_params_minus_local_params():
+  model = small_model("lenet_zhu")
+  params = model.init(jax.random.key(1))
+  x = jax.random.uniform(jax.random.key(2), (4, 2, 6, 6, 1))
+  y = jnp.arange(8).reshape(4, 2) % 4
+  update = attacks.simulate(model, params, x, y, 0.3)
+  local = params
+  for images, targets in zip(x, y, strict=True):
+    grad = jax.grad(
+      lambda p: jnp.mean(models.cross_entropy(model, p, images, targets))
+    )(local)
+    local = jax.tree.map(lambda p, g: p - 0.3 * g, local, grad)
+  jax.tree.map(
+    lambda u, a, b: np.testing.assert_allclose(u, a - b, atol=2e-6),
+    update,
+    params,
+    local,
+  )
+
+
+@pytest.mark.parametrize("name", ["dlg", "idlg"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_dlg_takes_back_the_image_and_the_label(name, labels):
+  model = small_model("lenet_zhu")
+  observation, x, y = observe(model, n=2, labels=labels)
+  attack = attacks.make(name, model, iterations=400)
+  found = attacks.run(attack, observation, jax.random.key(3), progress=False)
+  assert np.all(psnr(found.x[:, 0], x[:, 0, 0]) > 40)
+  np.testing.assert_array_equal(found.labels, y[:, 0])
+  assert np.all(found.objective < 1e-6)
+
+
+def test_inverting_gradients_takes_back_a_multi_step_batch():
+  model = small_model("lenet_zhu")
+  observation, x, y = observe(model, n=1, steps=2, batch=2, labels=True)
+  attack = attacks.make(
+    "inverting_gradients",
+    model,
+    steps=2,
+    batch=2,
+    iterations=600,
+    total_variation=0.0,
+  )
+  found = attacks.run(attack, observation, jax.random.key(3), progress=False)
+  assert found.x.shape == (1, 4, 6, 6, 1)
+  # Images of one step may come back in any order: best match.
+  truth = x.reshape(4, 6, 6, 1)
+  table = psnr(found.x[0][:, None], truth[None])
+  assert np.median(table.max(0)) > 20
+  np.testing.assert_array_equal(found.labels[0], y.reshape(-1))
+
+
+@pytest.mark.parametrize("name", sorted(attacks.ATTACKS))
+def test_results_do_not_depend_on_lanes_chunks_or_company(name):
+  model = small_model()
+  observation, _, _ = observe(model, n=3)
+  attack = attacks.make(name, model, iterations=12)
+  run = lambda o, **kw: attacks.run(  # noqa: E731
+    attack, o, jax.random.key(5), restarts=2, progress=False, **kw
+  )
+  one = run(observation, width=1, chunk=100)
+  for other in (
+    run(observation, width=1, chunk=5),
+    run(observation, width=4, chunk=7),
+  ):
+    np.testing.assert_allclose(other.x, one.x, atol=2e-3)
+    np.testing.assert_allclose(other.objective, one.objective, rtol=1e-3)
+    np.testing.assert_array_equal(other.labels, one.labels)
+  again = run(observation, width=1, chunk=100)
+  np.testing.assert_array_equal(again.x, one.x)
+  assert again.compile_seconds == 0
+  first = run(jax.tree.map(lambda a: a[:1], observation), width=1)
+  np.testing.assert_allclose(first.x[0], one.x[0], atol=1e-5)
+  assert np.all(one.x >= 0) and np.all(one.x <= 1)
+  assert np.all(one.iterations <= 2 * 12)
+
+
+def test_more_restarts_never_raise_the_objective():
+  model = small_model("lenet_zhu")
+  observation, _, _ = observe(model, n=2)
+  attack = attacks.make("dlg", model, iterations=20)
+  few, many = (
+    attacks.run(
+      attack, observation, jax.random.key(0), restarts=r, progress=False
+    )
+    for r in (1, 3)
+  )
+  assert np.all(many.objective <= few.objective)
+
+
+def test_interrupt_keeps_what_was_found():
+  model = small_model()
+  observation, _, _ = observe(model, n=2)
+  attack = attacks.make("inverting_gradients", model, iterations=10)
+  calls: list[str] = []
+  real = attacks.runner._call
+  with pytest.MonkeyPatch.context() as patch:
+
+    def call(program, name, *args):
+      calls.append(name)
+      if calls.count("advance") == 3:
+        raise KeyboardInterrupt
+      return real(program, name, *args)
+
+    patch.setattr(attacks.runner, "_call", call)
+    with pytest.raises(attacks.Interrupted) as caught:
+      attacks.run(
+        attack, observation, jax.random.key(0), chunk=2, progress=False, width=2
+      )
+  assert caught.value.partial.iterations.tolist() == [4, 4]
+  assert np.all(np.isfinite(caught.value.partial.objective))
+
+
+def test_mistakes_are_named():
+  model = small_model()
+  with pytest.raises(errors.UserError, match=r"unknown attack 'dgl'.*'dlg'"):
+    attacks.make("dgl", model)
+  with pytest.raises(errors.UserError, match="iterations"):
+    attacks.make("dlg", model, iteration=3)
+  with pytest.raises(errors.UserError, match="objective"):
+    attacks.make("inverting_gradients", model, objective="cos")
+  observation, _, _ = observe(model, n=1, batch=2)
+  idlg = attacks.make("idlg", model, batch=2)
+  with pytest.raises(errors.UserError, match="one image"):
+    attacks.run(idlg, observation, jax.random.key(0), progress=False)
+  observation, _, _ = observe(model, n=1, batch=2, labels=True)
+  dlg = attacks.make("dlg", model)
+  with pytest.raises(errors.UserError, match="1 steps of 1 images"):
+    attacks.run(dlg, observation, jax.random.key(0), progress=False)
+  with pytest.raises(errors.UserError, match="restarts"):
+    attacks.run(
+      attacks.make("dlg", model, batch=2),
+      observation,
+      jax.random.key(0),
+      restarts=0,
+    )
