@@ -496,13 +496,13 @@ def _open_cached(
 ) -> np.ndarray | None:
   """Maps a cached array; None where it is missing, damaged or another's."""
   try:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
-  except (OSError, ValueError, EOFError):
+    array = np.lib.format.open_memmap(path, mode="r")
+  except Exception:  # a damaged header fails in many ways; all mean: decode
     return None
   whole = (
-    isinstance(array, np.memmap)
-    and array.dtype == dtype
+    array.dtype == dtype
     and array.shape == shape
+    and array.flags.c_contiguous
     and path.stat().st_size == array.offset + array.nbytes
   )
   return array if whole else None
