@@ -476,11 +476,11 @@ def test_a_defence_that_only_blind_attacks_met_is_never_called_safe(
   r, said = _say(
     images, tmp_path, none=_attacked(**CLEAR), paper=_attacked(**HIDDEN)
   )
-  assert said["paper"].label == "Stopped this blind attack: dlg"
+  assert said["paper"].label == "Stopped this blind attack (dlg)"
   assert "No attack that knows the codec was tried." in said["paper"].privacy
   assert "0 of 3 images" in said["paper"].privacy
   assert any(
-    "stopped this blind attack: dlg" in s for s in findings.headline(r)
+    "stopped this blind attack (dlg)" in s for s in findings.headline(r)
   )
   text = html.write(tmp_path / "run").read_text().lower()
   for word in ("protected", "secure", "is safe"):
@@ -524,7 +524,9 @@ def test_an_attack_that_never_works_proves_nothing(images, tmp_path):
   )
   assert said["paper"].status == "open"
   assert "fail on undefended updates too" in said["paper"].privacy
-  assert "No image was rebuilt" in findings.headline(r)[0]
+  first, second, *_ = findings.headline(r)
+  assert "No image was rebuilt" in first
+  assert second == "1 of 1 defence not shown to stop anything: paper."
 
 
 def test_a_working_attack_must_have_been_tried_on_the_defence(images, tmp_path):
@@ -560,6 +562,35 @@ def test_beating_the_references_is_a_leak_in_part(images, tmp_path):
   assert "3 of 3 reconstructions" in said["paper"].privacy
 
 
+def _mark_found(folder, defense, count):
+  path = folder / "attacks.jsonl"
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  own = [line for line in lines if line["defense"] == defense]
+  for i, line in enumerate(own):
+    line["reidentified"] = i < count
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+  ("found", "status", "words"),
+  [
+    (0, "stopped", "no better than a guess"),
+    (1, "stopped", "1 of 3 reconstructions by dlg (blind) lies nearest"),
+    (2, "partly", "2 of 3 reconstructions by dlg (blind) lie nearer"),
+  ],
+)
+def test_finding_two_originals_again_is_a_leak(
+  images, tmp_path, found, status, words
+):
+  folder = tmp_path / "run"
+  defenses = {"none": _attacked(**CLEAR), "paper": _attacked(**HIDDEN)}
+  _small(folder, images, defenses=defenses)
+  _mark_found(folder, "paper", found)
+  said = {v.defense: v for v in findings.verdicts(records.read(folder))}
+  assert said["paper"].status == status
+  assert words in said["paper"].privacy
+
+
 def test_the_headline_gives_prices_of_the_summary(run):
   folder, _, _ = run
   text = " ".join(findings.headline(records.read(folder)))
@@ -577,6 +608,7 @@ def test_the_headline_gives_prices_of_the_summary(run):
     (25, 100, "4.00x less"),
     (1000, 100, "10.0x more"),
     (1, 12345, "12,345x less"),
+    (1000, 9999, "10.0x less"),
     (None, 100, None),
     (100, None, None),
   ],

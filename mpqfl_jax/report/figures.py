@@ -46,6 +46,9 @@ def write(run: records.Run) -> dict[str, list[Figure]]:
   """
   folder = run.folder / "figures"
   folder.mkdir(exist_ok=True)
+  # Their numbers change when a resumed run has attacked more.
+  for old in folder.glob("grid_*.png"):
+    old.unlink()
   known = style.styles(run.summary["defenses"])
   sections: dict[str, Callable] = {
     "tradeoff": _tradeoff,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mpqfl_jax import errors, metrics
-from mpqfl_jax.report import records, tables
+from mpqfl_jax.report import records, style, tables
 
 
 class Verdict(NamedTuple):
@@ -56,29 +56,25 @@ def verdicts(run: records.Run) -> list[Verdict]:
 
 
 def headline(run: records.Run) -> list[str]:
-  """The answer: what an undefended update leaks, what defences do and cost."""
+  """The answer: what an undefended update leaks, what defences do and cost.
+
+  Defences go by the short names of the figures.
+  """
   judged = verdicts(run)
+  looks = style.styles(run.summary["defenses"])
+  labels = {name: look.label for name, look in looks.items()}
   out = [_undefended(run, judged)]
   others = [v for v in judged if v.defense != "none"]
-  for status, phrase in (
-    ("leaks", "let an attack rebuild images"),
-    ("partly", "leaked in part"),
-    ("stopped", None),
-    ("open", "were not put to the test"),
-  ):
-    group = [v for v in others if v.status == status]
-    if phrase:
-      if group:
-        out.append(
-          f"{_count(group, others)} {_was(phrase, group)}: {_names(group)}."
-        )
-      continue
-    for label in dict.fromkeys(v.label for v in group):
-      same = [v for v in group if v.label == label]
-      out.append(
-        f"{_count(same, others)} {label[0].lower()}{label[1:]}: {_names(same)}."
-      )
-  out += _prices(run.summary)
+  order = ("leaks", "partly", "stopped", "open")
+  ranked = sorted(others, key=lambda v: order.index(v.status))
+  plural = "" if len(others) == 1 else "s"
+  for phrase in dict.fromkeys(_phrase(v) for v in ranked):
+    same = [labels[v.defense] for v in ranked if _phrase(v) == phrase]
+    out.append(
+      f"{len(same)} of {len(others)} defence{plural} {phrase}:"
+      f" {', '.join(same)}."
+    )
+  out += _prices(run.summary, labels)
   return out
 
 
@@ -172,14 +168,17 @@ def _verdict(
   reference = best_reference(run.summary)
   above = reference is not None and top.median > reference[1]
   spotted = max(scores, key=lambda s: s.found)
-  if above or spotted.found:
+  # One alone may be luck: guessing finds one in as many as there are
+  # candidates, and a run makes many guesses.
+  surely = spotted.found >= min(2, spotted.rate.trials)
+  if above or surely:
     text = none_good + "."
     if above and reference is not None:
       text += (
         f" But the median of {top.name}, {top.median:.1f} dB, beats the best"
         f" guess without an attack ({reference[0]}, {reference[1]:.1f} dB)."
       )
-    if spotted.found:
+    if surely:
       text += (
         f" {spotted.found} of {spotted.rate.trials} reconstructions by"
         f" {spotted.name} lie nearer to their original than to any other"
@@ -203,13 +202,18 @@ def _verdict(
       f" The highest median, {top.median:.1f} dB, is no better than a guess"
       f" without an attack ({reference[0]}, {reference[1]:.1f} dB)."
     )
+  if spotted.found:
+    text += (
+      f" {spotted.found} of {spotted.rate.trials} reconstructions by"
+      f" {spotted.name} lies nearest to its original, which may be chance."
+    )
   if any(s.cell.knowledge != "blind" for s in tried):
     text += " Attacks that were not tried may still succeed."
     return verdict("stopped", "Stopped the attacks tried", text)
   attacks = list(dict.fromkeys(s.cell.attack for s in tried))
   which = "this blind attack" if len(attacks) == 1 else "these blind attacks"
   text += " No attack that knows the codec was tried."
-  return verdict("stopped", f"Stopped {which}: {', '.join(attacks)}", text)
+  return verdict("stopped", f"Stopped {which} ({', '.join(attacks)})", text)
 
 
 def _blind_contrast(scores: Sequence[_Score], worst: _Score) -> str:
@@ -248,7 +252,7 @@ def _undefended(run: records.Run, judged: Sequence[Verdict]) -> str:
   return f"{start}: {own.privacy}{end}"
 
 
-def _prices(summary: dict[str, Any]) -> list[str]:
+def _prices(summary: dict[str, Any], labels: dict[str, str]) -> list[str]:
   """Who pays most accuracy, who saves most bytes."""
   rows = [r for r in tables.rows(summary) if r.defense != "none"]
   entries = summary["defenses"]
@@ -262,10 +266,10 @@ def _prices(summary: dict[str, Any]) -> list[str]:
     low, high = known[0], known[-1]
     text = (
       f"Undefended training reaches {tables.percent(baseline)}% test accuracy;"
-      f" {low.defense} {_reaches(low)}"
+      f" {labels[low.defense]} {_reaches(low)}"
     )
     if high is not low:
-      text += f", {high.defense} {_reaches(high)}"
+      text += f", {labels[high.defense]} {_reaches(high)}"
     out.append(text + ".")
   sent = [
     r
@@ -280,9 +284,9 @@ def _prices(summary: dict[str, Any]) -> list[str]:
     most = max(
       sent, key=lambda r: entries[r.defense]["uplink_bytes_per_client"]
     )
-    text = f"Against float32, {least.defense} sends {_amount(least)}"
+    text = f"Against float32, {labels[least.defense]} sends {_amount(least)}"
     if most is not least:
-      text += f" and {most.defense} {_amount(most)}"
+      text += f" and {labels[most.defense]} {_amount(most)}"
     out.append(text + " from each client and round.")
   return out
 
@@ -317,14 +321,9 @@ def _of(rate: metrics.Rate) -> str:
   return f"{rate.successes} of {rate.trials} image{plural}"
 
 
-def _count(group: Sequence[Verdict], others: Sequence[Verdict]) -> str:
-  plural = "" if len(others) == 1 else "s"
-  return f"{len(group)} of {len(others)} defence{plural}"
-
-
-def _was(phrase: str, group: Sequence[Verdict]) -> str:
-  return phrase.replace("were ", "was ") if len(group) == 1 else phrase
-
-
-def _names(group: Sequence[Verdict]) -> str:
-  return ", ".join(v.defense for v in group)
+def _phrase(verdict: Verdict) -> str:
+  return {
+    "Leaks": "let an attack rebuild images",
+    "Leaks in part": "leaked in part",
+    "Not shown": "not shown to stop anything",
+  }.get(verdict.label, verdict.label[0].lower() + verdict.label[1:])

@@ -28,7 +28,8 @@ class _Line(NamedTuple):
 
 
 class _AttackRow(NamedTuple):
-  defense: str
+  family: str
+  parameters: str
   attack: str
   knowledge: str
   images: int
@@ -133,7 +134,8 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
       inferred = [line for line in lines if not line.get("labels_known")]
       seconds = _values(lines, "seconds")
       yield _AttackRow(
-        defense=defense,
+        family=style.family(defense),
+        parameters=defense[len(style.family(defense)) :],
         attack=cell.attack,
         knowledge=cell.knowledge,
         images=len(lines),
@@ -226,6 +228,6 @@ def _units(text: str) -> str:
 
 
 def _breakable(name: str) -> markupsafe.Markup:
-  """Lets a long name wrap after an underscore, comma or bracket."""
+  """Lets a long name wrap after an underscore or a comma."""
   escaped = str(markupsafe.escape(name))
-  return markupsafe.Markup(re.sub(r"([_,(=])", r"\1<wbr>", escaped))
+  return markupsafe.Markup(re.sub(r"([_,])", r"\1<wbr>", escaped))

@@ -141,7 +141,7 @@ def ratio(uplink: float | None, float32: float | None) -> str:
   factor = max(float32 / uplink, uplink / float32)
   if round(factor, 2) == 1:
     return EQUAL
-  digits = 0 if factor >= 100 else 1 if factor >= 10 else 2
+  digits = 0 if factor >= 99.95 else 1 if factor >= 9.995 else 2
   way = "less" if uplink < float32 else "more"
   return f"{factor:,.{digits}f}{TIMES} {way}"
 
