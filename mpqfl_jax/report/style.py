@@ -253,6 +253,8 @@ def label_points(
         best = (cost, note)
       else:
         note.remove()
+      if best[0] <= radius * scale:
+        break  # Nothing is in its way, and no later place is nearer.
     assert best is not None
     taken.append(mpl_text.Text.get_window_extent(best[1], renderer).padded(2))
 
