@@ -1,0 +1,151 @@
+"""Codes of a few bits laid side by side in bytes, on the device or the host.
+
+The layout is planar. With `width` bits a code, `8 / gcd(width, 8)` codes fill
+`width / gcd(width, 8)` whole bytes. The codes are cut into that many contiguous
+runs of equal length (zeros pad the last), and group j takes the j-th code of
+every run, the first run in its lowest bits. Byte i of all groups is stored
+before byte i + 1 of any: every shift and every store works on contiguous
+memory, where codes that lie next to each other in a byte would need strided
+loads.
+
+Three-valued codes take a fifth of a byte each: five runs as the digits of a
+number in base 3, the first run its lowest digit (3^5 = 243 <= 256). Codes of
+more than 256 levels are stored as all their low bytes, then their high parts as
+codes of their own.
+"""
+
+import math
+from types import ModuleType
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax.types import Array
+
+TRITS = 5
+
+
+def width_of(levels: int) -> int:
+  """Bits that hold any of `levels` codes."""
+  return (levels - 1).bit_length()
+
+
+def packed_size(count: int, levels: int) -> int:
+  """Bytes that `pack` makes of `count` codes."""
+  if levels > 256:
+    return count + packed_size(count, high_levels(levels))
+  planes, group = _group(levels)
+  return -(-count // planes) * group
+
+
+def high_levels(levels: int) -> int:
+  """Levels of the part of a code above its lowest eight bits."""
+  return ((levels - 1) >> 8) + 1
+
+
+def pack(codes: Array, levels: int, xp: ModuleType = jnp) -> Array:
+  """Packs codes into bytes.
+
+  Args:
+    codes: [count], unsigned, each below `levels`.
+    levels: how many different codes there are, 2 to 65536.
+    xp: `jax.numpy`, or `numpy` for arrays on the host.
+
+  Returns:
+    [packed_size(count, levels)], uint8.
+  """
+  if levels > 256:
+    high = (codes >> 8).astype(xp.uint8)
+    low = (codes & 255).astype(xp.uint8)
+    return xp.concatenate([low, pack(high, high_levels(levels), xp)])
+  planes, group = _group(levels)
+  codes = codes.astype(xp.uint8)
+  if planes == 1:
+    return codes
+  run = -(-codes.shape[0] // planes)
+  codes = xp.pad(codes, (0, run * planes - codes.shape[0]))
+  runs = [codes[i * run : (i + 1) * run] for i in range(planes)]
+  if levels == 3:
+    packed = runs[-1]
+    for digit in runs[-2::-1]:
+      packed = packed * np.uint8(3) + digit
+    return packed
+  width = width_of(levels)
+  packed = []
+  for byte in range(group):
+    value = xp.zeros((run,), xp.uint8)
+    for i, codes in enumerate(runs):
+      if -width < i * width - 8 * byte < 8:
+        value = value | _shift(codes, i * width - 8 * byte)
+    packed.append(value)
+  return packed[0] if group == 1 else xp.concatenate(packed)
+
+
+def unpack(
+  packed: Array, count: int, levels: int, xp: ModuleType = jnp
+) -> Array:
+  """Undoes `pack`.
+
+  Args:
+    packed: [packed_size(count, levels)], uint8.
+    count: number of codes.
+    levels: as in `pack`.
+    xp: `jax.numpy`, or `numpy` for arrays on the host.
+
+  Returns:
+    [count], uint8, or uint16 for more than 256 levels. Bytes that `pack` did
+    not write may give codes of `levels` and above.
+  """
+  if levels > 256:
+    low = packed[:count].astype(xp.uint16)
+    high = unpack(packed[count:], count, high_levels(levels), xp)
+    return low | (high.astype(xp.uint16) << 8)
+  planes, group = _group(levels)
+  if planes == 1:
+    return packed
+  run = -(-count // planes)
+  runs = []
+  if levels == 3:
+    rest = packed
+    for _ in range(planes - 1):
+      third = rest // np.uint8(3)
+      runs.append(rest - third * np.uint8(3))
+      rest = third
+    runs.append(rest)
+  else:
+    width = width_of(levels)
+    mask = np.uint8((1 << width) - 1)
+    groups = packed.reshape(group, run)
+    for i in range(planes):
+      value = xp.zeros((run,), xp.uint8)
+      for byte in range(group):
+        if -width < i * width - 8 * byte < 8:
+          value = value | _shift(groups[byte], 8 * byte - i * width)
+      runs.append(value & mask)
+  return xp.concatenate(runs)[:count]
+
+
+def padding_is_zero(packed: np.ndarray, count: int, levels: int) -> bool:
+  """Whether the codes that only fill up the last groups are all zero."""
+  if levels > 256:
+    return padding_is_zero(packed[count:], count, high_levels(levels))
+  planes, group = _group(levels)
+  run = packed.size // group
+  extra = run * planes - count
+  # In all but the shortest, padding is the tail of the last run: only the
+  # groups that hold it matter.
+  tail = packed.reshape(group, run)[:, max(run - extra, 0) :]
+  codes = unpack(tail.reshape(-1), tail.shape[1] * planes, levels, np)
+  return not codes[codes.size - extra :].any()
+
+
+def _group(levels: int) -> tuple[int, int]:
+  if levels == 3:
+    return TRITS, 1
+  width = width_of(levels)
+  common = math.gcd(width, 8)
+  return 8 // common, width // common
+
+
+def _shift(codes: Array, left: int) -> Array:
+  return codes << np.uint8(left) if left >= 0 else codes >> np.uint8(-left)

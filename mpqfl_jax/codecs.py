@@ -1,0 +1,401 @@
+"""Codecs of one leaf: what crosses the wire, and how it is read back.
+
+Every quantiser that keeps one code an entry is the same skeleton, `blockwise`:
+cut the leaf into blocks that share side information, fit it, code the entries,
+pack the codes. What differs are `numerics.Numerics`, a few lines each.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import bitpack, counter, numerics, quantize, trees, wire
+from mpqfl_jax.types import Array, Bins, Codec, PyTree
+
+Shape = tuple[int, ...]
+
+
+class LeafCodec(NamedTuple):
+  """A codec of one leaf of a known shape, see `types.Codec`.
+
+  Attributes:
+    name: the rule in words; part of the fingerprint that both sides compare.
+    stochastic: whether entries are rounded at random, see `types.Bins`.
+    init: () -> state of one client.
+    encode: (seed, x, state) -> (payload, state); the seed is one of `counter`,
+      the payload a dict.
+    decode: payload -> x, float32.
+    num_bytes: payload -> int or [] int32, the record's length.
+    max_bytes: the longest such record.
+    pack: payload on the host -> byte strings.
+    unpack: reader -> payload.
+    bins: payload -> (lower, upper, variance), see `types.Bins`.
+  """
+
+  name: str
+  stochastic: bool
+  init: Callable[[], PyTree]
+  encode: Callable[[Array, Array, PyTree], tuple[dict, PyTree]]
+  decode: Callable[[dict], Array]
+  num_bytes: Callable[[dict], Array | int]
+  max_bytes: int
+  pack: Callable[[dict], list]
+  unpack: Callable[[wire.Reader], dict]
+  bins: Callable[[dict], tuple[Array, Array, Array]]
+
+
+def blockwise(
+  shape: Shape,
+  numeric: numerics.Numerics,
+  granularity: str | int = "tensor",
+  momentum: float | None = None,
+) -> LeafCodec:
+  """The codec of a leaf by one quantiser on blocks of it.
+
+  Args:
+    shape: the leaf's.
+    numeric: what happens inside a block.
+    granularity: `tensor` (one block), `channel` (one for each index of the last
+      axis; leaves with fewer than two axes are one block) or a number of
+      consecutive entries (the last block is padded with zeros).
+    momentum: None fits the side information to this update (dynamic range);
+      a number fits it to a running mean of the extremes of the client's earlier
+      updates, with this share of the past, and saturates (static range).
+
+  Returns:
+    The leaf's codec.
+  """
+  count = math.prod(shape)
+  if count == 0:
+    return empty(shape)
+  blocks = Blocks.of(shape, granularity)
+  levels = numeric.levels
+  dither = numeric.rounding == "dither"
+
+  fields = fields_of(numeric, count, blocks.count)
+  if dither:
+    fields.insert(
+      0, wire.Field("seed", np.dtype(np.uint32), (2,), lambda seed: True)
+    )
+
+  def init():
+    if momentum is None:
+      return ()
+    # NaN: nothing seen yet.
+    return jnp.full((2, blocks.count), jnp.nan, jnp.float32)
+
+  def encode(seed, x, state):
+    y = blocks.cut(quantize.finite(x))
+    uniform = None
+    if numeric.rounding != "nearest":
+      uniform = counter.uniform(seed, y.shape)
+    reference = y
+    if momentum is not None:
+      bottom = jnp.min(y, blocks.axis).reshape(blocks.count)
+      top = jnp.max(y, blocks.axis).reshape(blocks.count)
+      seen = jnp.stack([bottom, top])
+      known = jnp.where(jnp.isnan(state), seen, state)
+      state = momentum * known + (1 - momentum) * seen
+      reference = blocks.cut_extremes(known)
+    side = numeric.fit(reference, blocks.axis, blocks.sizes)
+    codes = blocks.flat(numeric.encode(y, side, uniform))
+    codes = codes.astype(jnp.uint8 if levels <= 256 else jnp.uint16)
+    payload = {
+      name: side[name].reshape(-1).astype(sent.dtype)
+      for name, sent in numeric.side.items()
+    }
+    if dither:
+      payload["seed"] = seed
+    payload["codes"] = bitpack.pack(codes, levels)
+    return payload, state
+
+  def read(payload):
+    codes = blocks.cut(bitpack.unpack(payload["codes"], count, levels))
+    side = {name: blocks.spread(payload[name]) for name in numeric.side}
+    uniform = counter.uniform(payload["seed"], codes.shape) if dither else None
+    return codes, side, uniform
+
+  def decode(payload):
+    return blocks.join(numeric.decode(*read(payload)))
+
+  def bins(payload):
+    codes, side, uniform = read(payload)
+    lower, upper, variance = numeric.bins(codes, side, uniform)
+    if momentum is not None:
+      lower = jnp.where(codes == 0, -jnp.inf, lower)
+      upper = jnp.where(codes == levels - 1, jnp.inf, upper)
+    return blocks.join(lower), blocks.join(upper), blocks.join(variance)
+
+  name = numeric.name
+  if blocks.count > 1:
+    name += f" per {granularity}"
+  if momentum is not None:
+    name += " static"
+  return fixed(
+    name,
+    numeric.tag,
+    numeric.rounding == "stochastic",
+    fields,
+    encode,
+    decode,
+    bins,
+    init,
+  )
+
+
+def fields_of(
+  numeric: numerics.Numerics, entries: int, blocks: int
+) -> list[wire.Field]:
+  """What is sent of `entries` codes in `blocks` blocks."""
+  levels = numeric.levels
+
+  def check(packed: np.ndarray) -> bool:
+    return bitpack.padding_is_zero(packed, entries, levels) and numeric.valid(
+      bitpack.unpack(packed, entries, levels, np)
+    )
+
+  size = bitpack.packed_size(entries, levels)
+  return [
+    *(
+      wire.Field(name, np.dtype(side.dtype), (blocks,), side.check)
+      for name, side in numeric.side.items()
+    ),
+    wire.Field("codes", np.dtype(np.uint8), (size,), check),
+  ]
+
+
+def fixed(
+  name: str,
+  tag: int,
+  stochastic: bool,
+  fields: list[wire.Field],
+  encode: Callable,
+  decode: Callable,
+  bins: Callable,
+  init: Callable[[], PyTree] = lambda: (),
+) -> LeafCodec:
+  """A leaf codec whose record has a fixed length: a tag, then `fields`."""
+  length = 1 + sum(field.num_bytes for field in fields)
+
+  def unpack(reader):
+    wire.read_tag(reader, (tag,))
+    return wire.read_fields(fields, reader)
+
+  return LeafCodec(
+    name,
+    stochastic,
+    init,
+    encode,
+    decode,
+    num_bytes=lambda payload: length,
+    max_bytes=length,
+    pack=lambda payload: [bytes([tag]), *wire.write_fields(fields, payload)],
+    unpack=unpack,
+    bins=bins,
+  )
+
+
+class Blocks(NamedTuple):
+  """How a leaf is cut into blocks that share side information.
+
+  Attributes:
+    count: number of blocks.
+    axis: axis of the cut array that runs along a block, None for all of it.
+    sizes: entries of each block, padding not counted; broadcasts against the
+      cut array.
+    cut: [shape] or [entries] -> cut array.
+    cut_extremes: [2, count] -> cut array of two entries a block.
+    flat: cut array -> [entries].
+    join: cut array -> [shape].
+    spread: [count] -> array that broadcasts against the cut array.
+  """
+
+  count: int
+  axis: int | None
+  sizes: np.ndarray
+  cut: Callable[[Array], Array]
+  cut_extremes: Callable[[Array], Array]
+  flat: Callable[[Array], Array]
+  join: Callable[[Array], Array]
+  spread: Callable[[Array], Array]
+
+  @classmethod
+  def of(cls, shape: Shape, granularity: str | int) -> "Blocks":
+    """Blocks of a leaf; see `blockwise` for `granularity`."""
+    entries = math.prod(shape)
+    if granularity == "channel" and len(shape) > 1:
+      channels = shape[-1]
+      return cls(
+        count=channels,
+        axis=0,
+        sizes=np.full((1, channels), entries // channels, np.float32),
+        cut=lambda x: x.reshape(-1, channels),
+        cut_extremes=lambda extremes: extremes,
+        flat=lambda y: y.reshape(-1),
+        join=lambda y: y.reshape(shape),
+        spread=lambda side: side.reshape(1, channels),
+      )
+    if isinstance(granularity, int) and granularity < entries:
+      rows = -(-entries // granularity)
+      padding = rows * granularity - entries
+      sizes = np.full((rows, 1), granularity, np.float32)
+      sizes[-1] -= padding
+      return cls(
+        count=rows,
+        axis=1,
+        sizes=sizes,
+        cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(rows, -1),
+        cut_extremes=lambda extremes: extremes.T,
+        flat=lambda y: y.reshape(-1)[:entries],
+        join=lambda y: y.reshape(-1)[:entries].reshape(shape),
+        spread=lambda side: side.reshape(rows, 1),
+      )
+    return cls(
+      count=1,
+      axis=None,
+      sizes=np.full((1,), entries, np.float32),
+      cut=lambda x: x.reshape(-1),
+      cut_extremes=lambda extremes: extremes.reshape(-1),
+      flat=lambda y: y,
+      join=lambda y: y.reshape(shape),
+      spread=lambda side: side.reshape(1),
+    )
+
+
+def float32(shape: Shape) -> LeafCodec:
+  """The codec that changes nothing."""
+  if math.prod(shape) == 0:
+    return empty(shape)
+
+  def check(values: np.ndarray) -> bool:
+    return bool((np.abs(values) <= quantize.LARGEST).all())
+
+  def bins(payload):
+    x = payload["values"]
+    return x, x, jnp.zeros_like(x)
+
+  return fixed(
+    "float32",
+    tag=1,
+    stochastic=False,
+    fields=[wire.Field("values", np.dtype(np.float32), shape, check)],
+    encode=lambda seed, x, state: ({"values": quantize.finite(x)}, state),
+    decode=lambda payload: payload["values"],
+    bins=bins,
+  )
+
+
+def empty(shape: Shape) -> LeafCodec:
+  """The codec of a leaf without entries: nothing is sent."""
+  zeros = jnp.zeros(shape, jnp.float32)
+  return fixed(
+    "empty",
+    tag=0,
+    stochastic=False,
+    fields=[],
+    encode=lambda seed, x, state: ({}, state),
+    decode=lambda payload: zeros,
+    bins=lambda payload: (zeros, zeros, zeros),
+  )
+
+
+def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
+  """The codec of a tree from one codec a leaf.
+
+  Args:
+    name: of the policy; part of the fingerprint.
+    template: parameters, or their shapes.
+    leaves: in the order of `jax.tree.leaves(template)`.
+
+  Returns:
+    The codec; its payload is a tuple with one dict a leaf.
+  """
+  treedef = jax.tree.structure(template)
+  print_ = fingerprint_of(name, template, [leaf.name for leaf in leaves])
+  most = wire.OVERHEAD + sum(leaf.max_bytes for leaf in leaves)
+
+  def init(params):
+    return tuple(leaf.init() for leaf in leaves)
+
+  def encode(key, update, state):
+    seeds = counter.seeds(key, len(leaves))
+    parts = zip(
+      leaves, seeds, treedef.flatten_up_to(update), state, strict=True
+    )
+    done = [leaf.encode(*arguments) for leaf, *arguments in parts]
+    return tuple(p for p, _ in done), tuple(s for _, s in done)
+
+  def decode(payload):
+    values = [c.decode(p) for c, p in zip(leaves, payload, strict=True)]
+    return treedef.unflatten(values)
+
+  def num_bytes(payload):
+    sizes = [c.num_bytes(p) for c, p in zip(leaves, payload, strict=True)]
+    return jnp.int32(wire.OVERHEAD + sum(sizes))
+
+  def pack(payload):
+    records = []
+    for leaf, part in zip(leaves, payload, strict=True):
+      records += leaf.pack(part)
+    return wire.seal(print_, records)
+
+  def unpack(message):
+    reader = wire.unseal(message, print_, most)
+    payload = tuple(leaf.unpack(reader) for leaf in leaves)
+    reader.finish()
+    return payload
+
+  def bins(payload):
+    parts = [c.bins(p) for c, p in zip(leaves, payload, strict=True)]
+    lower, upper, variance = zip(*parts, strict=True)
+    return Bins(
+      treedef.unflatten(lower),
+      treedef.unflatten(upper),
+      treedef.unflatten(variance),
+      treedef.unflatten([leaf.stochastic for leaf in leaves]),
+    )
+
+  return Codec(init, encode, decode, num_bytes, pack, unpack, bins)
+
+
+def error_feedback(codec: Codec) -> Codec:
+  """Adds what earlier rounds lost to this round's update.
+
+  Args:
+    codec: any codec.
+
+  Returns:
+    The codec whose state also holds the client's residual, update - decoded.
+
+  Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient
+  Compression Schemes" (ICML 2019), algorithm 2.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    return zeros, codec.init(params)
+
+  def encode(key, update, state):
+    residual, inner = state
+    # What is not finite is dropped, or it would stay in the residual for ever.
+    wanted = jax.tree.map(lambda u, r: quantize.finite(u + r), update, residual)
+    payload, inner = codec.encode(key, wanted, inner)
+    residual = trees.subtract(wanted, codec.decode(payload))
+    return payload, (residual, inner)
+
+  return codec._replace(init=init, encode=encode)
+
+
+def fingerprint_of(name: str, template: PyTree, rules: list[str]) -> int:
+  """32 bits that stand for a model's shapes and a policy's rules."""
+  shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(template)]
+  lines = [name]
+  for path, shape, rule in zip(
+    trees.leaf_names(template), shapes, rules, strict=True
+  ):
+    lines.append(f"{path} {list(shape)} {rule}")
+  return wire.fingerprint("\n".join(lines))

@@ -1,0 +1,506 @@
+"""The quantisers that keep one code an entry, a few lines each.
+
+Each constructor gives the `Numerics` that `codecs.blockwise` wraps into the
+codec of a leaf. Side information (scales, zero points) is on the wire and an
+adversary sees it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import quantize
+from mpqfl_jax.errors import UserError
+from mpqfl_jax.types import Array
+
+ROUNDINGS = ("nearest", "stochastic", "dither")
+MODES = ("symmetric", "affine")
+
+# Slack of the certain intervals for the rounding of float32 itself.
+SLACK = np.float32(2.0**-21)
+
+Side = dict[str, Array]
+
+
+class SideField(NamedTuple):
+  """Side information of a block: its type, and what an encoder may write."""
+
+  dtype: type
+  check: Callable[[np.ndarray], bool]
+
+
+class Numerics(NamedTuple):
+  """How a block of entries becomes codes.
+
+  Attributes:
+    name: the rule in words; part of the fingerprint that both sides compare.
+    tag: the rule's byte on the wire.
+    levels: codes are unsigned integers below this.
+    rounding: one of `ROUNDINGS`.
+    side: name -> one number a block.
+    fit: (y, axis, sizes) -> side information of the blocks that run along
+      `axis` and have `sizes` entries before padding.
+    encode: (y, side, uniform) -> codes. `uniform` are draws from [0, 1) like
+      `y`, or None where rounding is to nearest.
+    decode: (codes, side, uniform) -> y; `uniform` only under dither.
+    bins: (codes, side, uniform) -> (lower, upper, variance).
+    valid: codes on the host -> whether an encoder can have written them.
+  """
+
+  name: str
+  tag: int
+  levels: int
+  rounding: str
+  side: dict[str, SideField]
+  fit: Callable[[Array, int | None, Array], Side]
+  encode: Callable[[Array, Side, Array | None], Array]
+  decode: Callable[[Array, Side, Array | None], Array]
+  bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
+  valid: Callable[[np.ndarray], bool]
+
+
+def integer(
+  bits: int,
+  mode: str = "symmetric",
+  rounding: str = "nearest",
+  power_of_two: bool = False,
+) -> Numerics:
+  """Integers of a fixed width on a uniform grid.
+
+  Args:
+    bits: width of a code: 2 to 16 in symmetric mode, 1 to 16 in affine.
+    mode: `symmetric` (codes ±(2^(bits-1) - 1), the scale is the largest
+      magnitude over that) or `affine` (TFLite's scale and zero point).
+    rounding: `nearest`, `stochastic` or `dither` (subtractive: the server
+      subtracts the draws again that the client added).
+    power_of_two: round the scale up to a power of two, sent as one byte;
+      symmetric mode only.
+
+  Returns:
+    The numerics.
+
+  Source: Jacob et al. (CVPR 2018), section 3; dither: Roberts, "Picture Coding
+  Using Pseudo-Random Noise" (1962).
+  """
+  require_choice("mode", mode, MODES)
+  require_choice("rounding", rounding, ROUNDINGS)
+  name = f"int{bits} {mode} {rounding}"
+  if mode == "symmetric":
+    require_range("bits", bits, 2, 16)
+    high = 2 ** (bits - 1) - 1
+    return _linear(
+      name,
+      tag=0x10 + bits,
+      low=-high,
+      high=high,
+      rounding=rounding,
+      fit=lambda y, axis, sizes: quantize.symmetric_grid(y, axis, high),
+      power_of_two=power_of_two,
+    )
+  require_range("bits", bits, 1, 16)
+  if power_of_two:
+    raise UserError("power_of_two=True: expected mode='symmetric'.")
+  low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  return _linear(
+    name,
+    tag=0x30 + bits,
+    low=low,
+    high=high,
+    rounding=rounding,
+    fit=lambda y, axis, sizes: quantize.affine_grid(y, axis, low, high),
+    affine=True,
+  )
+
+
+def ternary(clip: float = 2.5) -> Numerics:
+  """TernGrad: -s, 0 or s at random without bias, after clipping.
+
+  Args:
+    clip: entries are clipped at this many standard deviations of the block
+      first (which biases them); `inf` for none.
+
+  Returns:
+    The numerics.
+
+  Source: Wen et al., "TernGrad" (NeurIPS 2017), equations 1 to 3 and section
+  3.3 on gradient clipping, where clip is 2.5.
+  """
+  require_positive("clip", clip)
+
+  def fit(y, axis, sizes):
+    largest = _largest(y, axis)
+    unit = y / largest
+    mean = jnp.sum(unit, axis, keepdims=True) * (1 / sizes)
+    square = jnp.sum(unit * unit, axis, keepdims=True) * (1 / sizes)
+    deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0.0))
+    # A constant block has no deviation to clip by.
+    limit = jnp.where(deviation > 0, clip * deviation, 1.0)
+    scale = largest * jnp.minimum(limit, 1.0)
+    scale = jnp.maximum(scale, quantize.SMALLEST)
+    return quantize.Grid(scale, jnp.zeros_like(scale), -1, 1)
+
+  return _linear(
+    f"ternary clip={clip:g}",
+    tag=0x07,
+    low=-1,
+    high=1,
+    rounding="stochastic",
+    fit=fit,
+    saturates=np.isfinite(clip),
+  )
+
+
+def qsgd(levels: int = 7, norm: str = "l2") -> Numerics:
+  """QSGD: multiples of norm / levels, rounded at random without bias.
+
+  Args:
+    levels: s of the paper, quantisation levels on each side of zero.
+    norm: `l2`, the paper's, or `max`, that of its implementation.
+
+  Returns:
+    The numerics.
+
+  Source: Alistarh et al., "QSGD" (NeurIPS 2017), section 3.1. Codes are sent at
+  their fixed width, not by Elias' code.
+  """
+  require_choice("norm", norm, ("l2", "max"))
+  require_range("levels", levels, 1, 32767)
+
+  def fit(y, axis, sizes):
+    largest = _largest(y, axis)
+    length = largest
+    if norm == "l2":
+      unit = y / largest
+      square = jnp.sum(unit * unit, axis, keepdims=True)
+      length = jnp.minimum(largest * jnp.sqrt(square), quantize.LARGEST)
+    scale = jnp.maximum(length * (1 / levels), quantize.SMALLEST)
+    return quantize.Grid(scale, jnp.zeros_like(scale), -levels, levels)
+
+  return _linear(
+    f"qsgd levels={levels} norm={norm}",
+    tag=0x09,
+    low=-levels,
+    high=levels,
+    rounding="stochastic",
+    fit=fit,
+  )
+
+
+def _linear(
+  name: str,
+  tag: int,
+  low: int,
+  high: int,
+  rounding: str,
+  fit: Callable[[Array, int | None, Array], quantize.Grid],
+  affine: bool = False,
+  power_of_two: bool = False,
+  saturates: bool = False,
+) -> Numerics:
+  """Numerics of a uniform grid; codes on the wire are offset by `low`."""
+  levels = high - low + 1
+  # The largest scale of a valid input; with it every decoded value is finite.
+  limit = 2.0**127 / (high - low) * (2.0 if power_of_two else 1.0 + 2.0**-20)
+  if power_of_two:
+    name += " pow2"
+    largest = int(np.floor(np.log2(limit))) + 127
+    side = {"exponent": SideField(np.uint8, _between(1, min(largest, 254)))}
+  else:
+    side = {"scale": SideField(np.float32, _between(quantize.SMALLEST, limit))}
+  if affine:
+    dtype = np.uint8 if levels <= 256 else np.uint16
+    side["zero_point"] = SideField(dtype, _between(0, levels - 1))
+
+  def fit_side(y, axis, sizes):
+    grid = fit(y, axis, sizes)
+    if power_of_two:
+      return {"exponent": _exponent_above(grid.scale)}
+    if affine:
+      return {"scale": grid.scale, "zero_point": grid.zero_point - low}
+    return {"scale": grid.scale}
+
+  def grid_of(side):
+    scale = _power(side["exponent"]) if power_of_two else side["scale"]
+    zero = jnp.full_like(scale, -low)
+    if affine:
+      zero = side["zero_point"].astype(jnp.float32)
+    return quantize.Grid(scale, zero, 0, levels - 1)
+
+  def encode(y, side, uniform):
+    grid = grid_of(side)
+    if rounding == "dither":
+      shifted = jnp.round(y / grid.scale + (uniform - 0.5)) + grid.zero_point
+      return jnp.clip(shifted, grid.low, grid.high)
+    return quantize.quantize(y, grid, uniform)
+
+  def decode(codes, side, uniform):
+    codes = codes.astype(jnp.float32)
+    if rounding == "dither":
+      codes = codes - (uniform - 0.5)
+    return quantize.dequantize(codes, grid_of(side))
+
+  def bins(codes, side, uniform):
+    value = decode(codes, side, uniform)
+    scale = grid_of(side).scale
+    reach = 1.0 if rounding == "stochastic" else 0.5
+    ends = (codes == 0) | (codes == levels - 1)
+    if affine and rounding == "dither":
+      # The zero point's rounding and the draw together push entries at the ends
+      # of the range up to a whole step over it.
+      reach = jnp.where(ends, 1.0, reach)
+    half = reach * scale + (jnp.abs(value) + scale) * SLACK
+    lower, upper = value - half, value + half
+    if saturates:
+      lower = jnp.where(codes == 0, -jnp.inf, lower)
+      upper = jnp.where(codes == levels - 1, jnp.inf, upper)
+    share = 6.0 if rounding == "stochastic" else 12.0
+    variance = jnp.broadcast_to(scale * scale / share, value.shape)
+    return lower, upper, variance
+
+  return Numerics(
+    name,
+    tag,
+    levels,
+    rounding,
+    side,
+    fit_side,
+    encode,
+    decode,
+    bins,
+    _between(0, levels - 1),
+  )
+
+
+def cast(name: str, rounding: str = "nearest") -> Numerics:
+  """A narrower floating-point format; eight-bit ones are scaled to fit.
+
+  Args:
+    name: one of `quantize.FLOAT_FORMATS`.
+    rounding: `nearest` or `stochastic`.
+
+  Returns:
+    The numerics. Magnitudes beyond the format's largest saturate; the float8
+    formats carry one float32 scale a block, its largest magnitude mapped to the
+    format's largest.
+
+  Source: IEEE 754-2019; float8: Micikevicius et al., "FP8 Formats for Deep
+  Learning" (2022).
+  """
+  require_choice("rounding", rounding, ROUNDINGS[:2])
+  fmt = quantize.FLOAT_FORMATS[name]
+  scaled = fmt.dtype.itemsize == 1
+  code_type = jnp.uint8 if scaled else jnp.uint16
+  limit = float(quantize.LARGEST) / fmt.largest * (1 + 2.0**-20)
+  side = {}
+  if scaled:
+    side["scale"] = SideField(np.float32, _between(quantize.SMALLEST, limit))
+
+  def fit(y, axis, sizes):
+    if not scaled:
+      return {}
+    return {"scale": quantize.symmetric_grid(y, axis, fmt.largest).scale}
+
+  def encode(y, side, uniform):
+    value = quantize.to_format(y / side["scale"] if scaled else y, fmt, uniform)
+    return jax.lax.bitcast_convert_type(value, code_type)
+
+  def unscaled(codes):
+    value = jax.lax.bitcast_convert_type(codes.astype(code_type), fmt.dtype)
+    return value.astype(jnp.float32)
+
+  def decode(codes, side, uniform):
+    value = unscaled(codes)
+    return value * side["scale"] if scaled else value
+
+  def bins(codes, side, uniform):
+    value = unscaled(codes)
+    scale = side["scale"] if scaled else jnp.float32(1)
+    step = quantize.float_step(value, fmt)
+    reach = 1.0 if rounding == "stochastic" else 0.5
+    half = reach * step + quantize.SMALLEST + jnp.abs(value) * SLACK
+    lower = jnp.where(value <= -fmt.largest, -jnp.inf, value - half)
+    upper = jnp.where(value >= fmt.largest, jnp.inf, value + half)
+    if scaled:
+      # The scale maps the largest magnitude onto the format's: none saturates.
+      lower = jnp.maximum(lower, -fmt.largest * (1 + SLACK))
+      upper = jnp.minimum(upper, fmt.largest * (1 + SLACK))
+    share = 6.0 if rounding == "stochastic" else 12.0
+    return lower * scale, upper * scale, (step * scale) ** 2 / share
+
+  def valid(codes):
+    values = codes.astype(code_type).view(fmt.dtype)
+    return bool(np.isfinite(values.astype(np.float32)).all())
+
+  tags = {"float16": 2, "bfloat16": 3, "float8_e4m3": 4, "float8_e5m2": 5}
+  return Numerics(
+    f"{name} {rounding}",
+    tags[name],
+    256 if scaled else 65536,
+    rounding,
+    side,
+    fit,
+    encode,
+    decode,
+    bins,
+    valid,
+  )
+
+
+def sign() -> Numerics:
+  """One bit an entry and the mean magnitude: scaled signSGD.
+
+  Returns:
+    The numerics. Zero counts as positive.
+
+  Source: Bernstein et al., "signSGD" (ICML 2018); the scale is that of
+  Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 1.
+  """
+
+  def fit(y, axis, sizes):
+    largest = _largest(y, axis)
+    mean = jnp.sum(jnp.abs(y / largest), axis, keepdims=True) * (1 / sizes)
+    return {"scale": largest * mean}
+
+  def decode(codes, side, uniform):
+    return (2.0 * codes.astype(jnp.float32) - 1.0) * side["scale"]
+
+  def bins(codes, side, uniform):
+    scale = jnp.broadcast_to(side["scale"], codes.shape)
+    # A block of mean magnitude 0 is all zeros.
+    far = jnp.where(scale > 0, jnp.inf, 0.0)
+    lower = jnp.where(codes == 0, -far, 0.0)
+    upper = jnp.where(codes == 0, 0.0, far)
+    # Of a normal variable x: E(|x| - E|x|)^2 = (pi / 2 - 1) (E|x|)^2.
+    return lower, upper, (np.pi / 2 - 1) * scale * scale
+
+  limit = quantize.LARGEST * np.float32(1 + 2.0**-20)
+  return Numerics(
+    "sign",
+    0x06,
+    2,
+    "nearest",
+    {"scale": SideField(np.float32, _between(0.0, limit))},
+    fit,
+    lambda y, side, uniform: y >= 0,
+    decode,
+    bins,
+    _between(0, 1),
+  )
+
+
+# Quantiles of a normal distribution, normalised to [-1, 1], an exact zero
+# among them (Dettmers et al., QLoRA, NeurIPS 2023, appendix E).
+NF4 = np.array(
+  [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+  ],
+  np.float32,
+)
+
+
+def nf4() -> Numerics:
+  """Four-bit NormalFloat: the quantiles of a normal distribution.
+
+  Returns:
+    The numerics; the scale is the block's largest magnitude.
+
+  Source: Dettmers et al., "QLoRA" (NeurIPS 2023), section 3 and appendix E.
+  """
+  middle = (NF4[1:] + NF4[:-1]) / 2
+  edges = jnp.asarray(np.concatenate([[-1], middle, [1]]), jnp.float32)
+  book = jnp.asarray(NF4)
+
+  def encode(y, side, uniform):
+    unit = y / side["scale"]
+    return sum((unit > edge).astype(jnp.uint8) for edge in middle)
+
+  def bins(codes, side, uniform):
+    codes, scale = codes.astype(jnp.int32), side["scale"]
+    lower, upper = edges[codes], edges[codes + 1]
+    variance = ((upper - lower) * scale) ** 2 / 12
+    return (lower - SLACK) * scale, (upper + SLACK) * scale, variance
+
+  return Numerics(
+    "nf4",
+    0x08,
+    16,
+    "nearest",
+    {
+      "scale": SideField(
+        np.float32, _between(quantize.SMALLEST, quantize.LARGEST)
+      )
+    },
+    lambda y, axis, sizes: {"scale": _largest(y, axis)},
+    encode,
+    lambda codes, side, uniform: book[codes.astype(jnp.int32)] * side["scale"],
+    bins,
+    _between(0, 15),
+  )
+
+
+def require_choice(what: str, given: str, known: tuple[str, ...]) -> None:
+  """Raises UserError unless `given` is one of `known`."""
+  if given not in known:
+    raise UserError(f"{what}={given!r}: expected one of {', '.join(known)}.")
+
+
+def require_range(what: str, given: int, low: int, high: int) -> None:
+  """Raises UserError unless `given` is an integer in [low, high]."""
+  if isinstance(given, bool) or not isinstance(given, int):
+    raise UserError(f"{what}={given!r}: expected an integer.")
+  if not low <= given <= high:
+    raise UserError(f"{what}={given}: expected {low} to {high}.")
+
+
+def require_positive(what: str, given: float) -> None:
+  """Raises UserError unless `given` is a number above zero."""
+  if isinstance(given, bool) or not isinstance(given, (int, float)):
+    raise UserError(f"{what}={given!r}: expected a number.")
+  if not given > 0:
+    raise UserError(f"{what}={given}: expected a number above 0.")
+
+
+def require_share(what: str, given: float) -> None:
+  """Raises UserError unless `given` is a number in (0, 1]."""
+  require_positive(what, given)
+  if given > 1:
+    raise UserError(f"{what}={given}: expected a number in (0, 1].")
+
+
+def _between(low: float, high: float) -> Callable[[np.ndarray], bool]:
+  # Comparisons with NaN are false.
+  return lambda array: bool(((array >= low) & (array <= high)).all())
+
+
+def _largest(y: Array, axis: int | None) -> Array:
+  largest = jnp.max(jnp.abs(y), axis, keepdims=True)
+  return jnp.maximum(largest, quantize.SMALLEST)
+
+
+def _exponent_above(scale: Array) -> Array:
+  """Biased exponent of the smallest power of two not below `scale`."""
+  pattern = jax.lax.bitcast_convert_type(scale, jnp.int32)
+  return ((pattern + 0x7FFFFF) >> 23).astype(jnp.uint8)
+
+
+def _power(exponent: Array) -> Array:
+  pattern = exponent.astype(jnp.int32) << 23
+  return jax.lax.bitcast_convert_type(pattern, jnp.float32)

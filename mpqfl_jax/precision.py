@@ -1,0 +1,374 @@
+"""Which codec each layer gets: rules by path, named policies, policy files.
+
+>>> import jax.numpy as jnp
+>>> params = {"conv1": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.ones(8)}}
+>>> codec = make("int4", params, mode="affine", granularity="channel")
+>>> payload, _ = codec.encode(jax.random.key(0), params, codec.init(params))
+>>> int(codec.num_bytes(payload)) == len(codec.pack(payload))
+True
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+import glob
+import inspect
+import pathlib
+import re
+import tomllib
+from typing import Any, NamedTuple
+
+import jax
+
+from mpqfl_jax import choice, codecs, errors, numerics, sparsify, trees
+from mpqfl_jax.errors import UserError
+from mpqfl_jax.types import Codec, Params
+
+Granularity = str | int
+
+
+class QuantRule(NamedTuple):
+  """How the leaves that a pattern matches are sent.
+
+  Attributes:
+    path: a shell pattern (`conv*`, `*/bias`) that matches a leaf's whole path
+      (`conv1/kernel`) or its layer (`conv1`).
+    precision: a name in `LEAF_CODECS`.
+    options: keyword arguments of that codec: mode, granularity, rounding, ...
+  """
+
+  path: str
+  precision: str
+  options: Mapping[str, Any] = {}
+
+
+def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
+  def build(
+    shape: codecs.Shape,
+    mode: str = "affine" if bits == 1 else "symmetric",
+    granularity: Granularity = "tensor",
+    rounding: str = "nearest",
+    power_of_two: bool = False,
+  ) -> codecs.LeafCodec:
+    numeric = numerics.integer(bits, mode, rounding, power_of_two)
+    return codecs.blockwise(shape, numeric, _blocks(granularity))
+
+  return build
+
+
+def _half(name: str) -> Callable[..., codecs.LeafCodec]:
+  def build(shape: codecs.Shape, rounding: str = "nearest"):
+    return codecs.blockwise(shape, numerics.cast(name, rounding))
+
+  return build
+
+
+def _float8(
+  shape: codecs.Shape,
+  format: str = "e4m3",
+  granularity: Granularity = "tensor",
+  rounding: str = "nearest",
+) -> codecs.LeafCodec:
+  numerics.require_choice("format", format, ("e4m3", "e5m2"))
+  numeric = numerics.cast(f"float8_{format}", rounding)
+  return codecs.blockwise(shape, numeric, _blocks(granularity))
+
+
+def _sign(
+  shape: codecs.Shape, granularity: Granularity = "tensor"
+) -> codecs.LeafCodec:
+  return codecs.blockwise(shape, numerics.sign(), _blocks(granularity))
+
+
+def _ternary(
+  shape: codecs.Shape, clip: float = 2.5, granularity: Granularity = "tensor"
+) -> codecs.LeafCodec:
+  return codecs.blockwise(shape, numerics.ternary(clip), _blocks(granularity))
+
+
+def _qsgd(
+  shape: codecs.Shape,
+  levels: int = 7,
+  norm: str = "l2",
+  granularity: Granularity = "tensor",
+) -> codecs.LeafCodec:
+  numeric = numerics.qsgd(levels, norm)
+  return codecs.blockwise(shape, numeric, _blocks(granularity))
+
+
+def _nf4(
+  shape: codecs.Shape, granularity: Granularity = 64
+) -> codecs.LeafCodec:
+  return codecs.blockwise(shape, numerics.nf4(), _blocks(granularity))
+
+
+def _prune(shape: codecs.Shape, ratio: float = 0.9) -> codecs.LeafCodec:
+  numerics.require_share("ratio", ratio)
+  return sparsify.largest(
+    shape, lambda n: n - int(ratio * n), f"prune ratio={ratio:g}"
+  )
+
+
+def _topk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
+  numerics.require_share("ratio", ratio)
+  return sparsify.largest(
+    shape, lambda n: max(1, round(ratio * n)), f"topk ratio={ratio:g}"
+  )
+
+
+def _randomk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
+  numerics.require_share("ratio", ratio)
+  return sparsify.random(shape, ratio)
+
+
+# What a rule may name: name -> (what it is, constructor of a leaf's codec).
+LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
+  "float32": ("the update as it is", codecs.float32),
+  "float16": ("IEEE half precision", _half("float16")),
+  "bfloat16": ("the upper half of a float32", _half("bfloat16")),
+  "float8": ("e4m3 or e5m2 with a scale", _float8),
+  **{
+    f"int{bits}": (f"integers of {bits} bits", _integer(bits))
+    for bits in (*range(1, 9), 16)
+  },
+  "sign": ("signs and the mean magnitude", _sign),
+  "ternary": ("TernGrad: -s, 0, s at random", _ternary),
+  "qsgd": ("QSGD: multiples of the norm over s, at random", _qsgd),
+  "nf4": ("NormalFloat: quantiles of a normal distribution", _nf4),
+  "prune": ("zeroes the smallest magnitudes", _prune),
+  "topk": ("sends only the largest magnitudes", _topk),
+  "randomk": ("sends random entries, unbiased", _randomk),
+}
+
+# The turns that layers take in `paper`, from the first layer on. A
+# reconstruction: Ovi et al. (arXiv 2210.13457) quantise different layers with
+# different precision and different modes, but which layer gets which is not in
+# the published text.
+PAPER_TURNS = (
+  ("float16", {}),
+  ("int8", {"mode": "affine"}),
+  ("int8", {"mode": "symmetric"}),
+  ("int4", {"mode": "affine"}),
+)
+
+# What `mixed_random` draws from: the same precisions and modes.
+MIXED_OPTIONS = (
+  choice.Option("float16"),
+  choice.Option("int8", "affine"),
+  choice.Option("int8", "symmetric"),
+  choice.Option("int4", "affine"),
+)
+
+
+def layers(params: Params) -> list[str]:
+  """Names of the layers, numbers in them compared as numbers."""
+  names = {layer_of(path) for path in trees.leaf_names(params)}
+  return sorted(names, key=_natural)
+
+
+def layer_of(path: str) -> str:
+  """The layer of a leaf: `conv1` of `conv1/kernel`."""
+  return path.rpartition("/")[0] or path
+
+
+def leaf_codec(
+  precision: str, shape: codecs.Shape, options: Mapping[str, Any]
+) -> codecs.LeafCodec:
+  """Builds a leaf's codec by name; raises UserError on a bad name or option."""
+  if precision not in LEAF_CODECS:
+    raise errors.unknown_name("precision", precision, LEAF_CODECS)
+  build = LEAF_CODECS[precision][1]
+  _check_options(precision, build, options)
+  return build(shape, **options)
+
+
+def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
+  """The codec that sends every leaf by the first rule that matches it.
+
+  Args:
+    name: of the policy; both sides of the wire compare it.
+    rules: in order of precedence.
+    params: parameters, or their shapes.
+
+  Returns:
+    The codec.
+
+  Raises:
+    UserError: a leaf that no rule matches, a rule that is first for no leaf, an
+      unknown precision or option.
+  """
+  unused = set(range(len(rules)))
+  leaves = []
+  shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+  paths = trees.leaf_names(params)
+  for path, shape in zip(paths, shapes, strict=True):
+    for i, rule in enumerate(rules):
+      if _matches(rule.path, path):
+        unused.discard(i)
+        leaves.append(leaf_codec(rule.precision, shape, rule.options))
+        break
+    else:
+      raise UserError(
+        f"policy {name}: no rule matches {path!r}; add one, such as a last rule"
+        " with path '*'."
+      )
+  if unused:
+    rule = rules[min(unused)]
+    raise UserError(
+      f"policy {name}: rule {min(unused) + 1} (path {rule.path!r}) applies to no"
+      f" parameter, or earlier rules take all of its own; the model has"
+      f" {', '.join(paths)}."
+    )
+  return codecs.per_leaf(name, params, leaves)
+
+
+def paper(params: Params) -> Codec:
+  """Layers take turns between precisions and modes, see `PAPER_TURNS`."""
+  rules = []
+  for i, layer in enumerate(layers(params)):
+    precision, options = PAPER_TURNS[i % len(PAPER_TURNS)]
+    rules.append(QuantRule(glob.escape(layer), precision, options))
+  return from_rules("paper", rules, params)
+
+
+def mixed_random(params: Params, rounding: str = "nearest") -> Codec:
+  """Every leaf's precision and mode drawn anew for each round and client."""
+  menu = choice.menu(MIXED_OPTIONS)
+  shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+  leaves = [choice.leaf(shape, menu, rounding) for shape in shapes]
+  return codecs.per_leaf("mixed_random", params, leaves)
+
+
+def _uniform(precision: str) -> Callable[..., Codec]:
+  def build(params: Params, **options: Any) -> Codec:
+    return from_rules(precision, [QuantRule("*", precision, options)], params)
+
+  return build
+
+
+# What `--defense` may name: name -> (what it is, constructor).
+CODECS: dict[str, tuple[str, Callable[..., Codec]]] = {
+  "none": ("no defence: float32 as it is", _uniform("float32")),
+  **{name: (what, _uniform(name)) for name, (what, _) in LEAF_CODECS.items()},
+  "paper": ("layers take turns between precisions and modes", paper),
+  "mixed_random": ("a random precision and mode a leaf", mixed_random),
+}
+
+
+def make(name: str, params: Params, **options: Any) -> Codec:
+  """Builds the codec that a flag or a script names.
+
+  Args:
+    name: a name in `CODECS`, or the path of a policy file (`.toml`).
+    params: parameters of the model, or a tree of `jax.ShapeDtypeStruct`.
+    **options: of that codec; `error_feedback=True` with any.
+
+  Returns:
+    The codec.
+
+  Raises:
+    UserError: an unknown name, a bad option, or a policy that does not fit the
+      model.
+  """
+  feedback = options.pop("error_feedback", False)
+  if name in CODECS:
+    build = CODECS[name][1]
+    _check_options(name, build, options)
+    codec = build(params, **options)
+  elif name.endswith(".toml"):
+    if options:
+      raise UserError(
+        f"policy file {name}: takes no options, got {', '.join(options)}; write"
+        " them into its rules."
+      )
+    codec = from_rules(*read_policy(pathlib.Path(name)), params)
+  else:
+    raise errors.unknown_name(
+      "codec (a policy file would end in .toml)", name, CODECS
+    )
+  if not isinstance(feedback, bool):
+    raise UserError(f"error_feedback={feedback!r}: expected true or false.")
+  return codecs.error_feedback(codec) if feedback else codec
+
+
+def read_policy(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
+  """Reads a policy file: a list of rules, first match wins.
+
+      [[rule]]
+      path = "conv*"
+      precision = "int4"
+      mode = "affine"
+
+      [[rule]]
+      path = "*"
+      precision = "float16"
+
+  Args:
+    path: the file.
+
+  Returns:
+    The policy's name (the file's, without its suffix) and its rules.
+
+  Raises:
+    UserError: the file cannot be read or is no policy.
+  """
+  try:
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    raise UserError(f"policy file {path}: {error}.") from error
+  rules = content.pop("rule", None)
+  if content or not isinstance(rules, list) or not rules:
+    raise UserError(
+      f"policy file {path}: expected [[rule]] tables and nothing else"
+      + (f", got {', '.join(map(repr, content))}." if content else ".")
+    )
+  parsed = []
+  for i, rule in enumerate(rules, 1):
+    for key in ("path", "precision"):
+      if not isinstance(rule.get(key), str):
+        raise UserError(
+          f"policy file {path}, rule {i}: {key} must be a string."
+        )
+    parsed.append(QuantRule(rule.pop("path"), rule.pop("precision"), rule))
+  return path.stem, parsed
+
+
+def _matches(pattern: str, path: str) -> bool:
+  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
+    layer_of(path), pattern
+  )
+
+
+def _natural(name: str) -> list:
+  return [
+    (0, int(part), "") if part.isdigit() else (1, 0, part)
+    for part in re.split(r"(\d+)", name)
+  ]
+
+
+def _blocks(granularity: Granularity) -> Granularity:
+  if granularity in ("tensor", "channel"):
+    return granularity
+  if isinstance(granularity, bool) or not isinstance(granularity, int):
+    raise UserError(
+      f"granularity={granularity!r}: expected tensor, channel or a number of"
+      " entries."
+    )
+  numerics.require_range("granularity", granularity, 1, 2**31 - 1)
+  return granularity
+
+
+def _check_options(
+  name: str, build: Callable, options: Mapping[str, Any]
+) -> None:
+  known = list(inspect.signature(build).parameters.values())[1:]
+  if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known):
+    return  # Checked where the options go on to.
+  names = [p.name for p in known]
+  for option in options:
+    if option not in names:
+      raise errors.unknown_name(
+        f"option of {name}", option, [*names, "error_feedback"]
+      )
+  for p in known:
+    if p.default is inspect.Parameter.empty and p.name not in options:
+      raise UserError(f"{name}: option {p.name} is missing.")

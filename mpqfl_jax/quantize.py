@@ -1,0 +1,197 @@
+"""Numerics of quantising one array: grids, rounding, number formats.
+
+A grid is a scale, a zero point and the range of the codes, all of them arrays,
+so that one compilation serves every bit width. Symmetric grids keep zero at
+code zero and use 2^b - 1 of the 2^b codes; affine ones are TFLite's: the range
+is extended to contain zero and the zero point is an integer, so that zero is
+represented exactly.
+
+>>> import jax.numpy as jnp
+>>> x = jnp.array([-1.0, 0.0, 0.25, 2.0])
+>>> grid = symmetric_grid(x, None, high=7)
+>>> codes = quantize(x, grid)
+>>> codes.tolist()
+[-4.0, 0.0, 1.0, 7.0]
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mpqfl_jax.types import Array
+
+# Magnitudes a codec can carry. The margin below float32's largest keeps every
+# scale, range and decoded value finite; below the smallest normal number
+# processors differ in whether they flush to zero.
+LARGEST = np.float32(2.0**126)
+SMALLEST = np.float32(2.0**-126)
+
+
+class Grid(NamedTuple):
+  """The values (code - zero_point) * scale for integer codes in [low, high].
+
+  Attributes:
+    scale: float32, broadcastable to the array that is quantised.
+    zero_point: float32 holding integers, of the same shape.
+    low, high: smallest and largest code, numbers or float32 arrays.
+  """
+
+  scale: Array
+  zero_point: Array
+  low: Array | float
+  high: Array | float
+
+
+def finite(x: Array) -> Array:
+  """Maps NaN to 0 and saturates at ±2^126, so that every payload is valid."""
+  x = jnp.asarray(x, jnp.float32)
+  return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LARGEST, LARGEST))
+
+
+def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
+  """The grid with codes -high ... high whose end is the largest magnitude.
+
+  Args:
+    x: values to quantise.
+    axis: axis that shares a scale; None for all of `x`.
+    high: largest code.
+
+  Returns:
+    The grid; its scale keeps the reduced axes with length 1.
+  """
+  magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
+  # A product: the compiler turns a division by a constant into one, and the
+  # same payload must come out whether it sees a constant or not.
+  scale = jnp.maximum(magnitude * (1 / high), SMALLEST)
+  return Grid(scale, jnp.zeros_like(scale), -high, high)
+
+
+def affine_grid(
+  x: Array, axis: int | None, low: Array | float, high: Array | float
+) -> Grid:
+  """The grid from the smallest to the largest value, zero included.
+
+  Args:
+    x: values to quantise.
+    axis: axis that shares a scale; None for all of `x`.
+    low, high: smallest and largest code.
+
+  Returns:
+    The grid; scale and zero point keep the reduced axes with length 1.
+
+  Source: Jacob et al., "Quantization and Training of Neural Networks for
+  Efficient Integer-Arithmetic-Only Inference" (CVPR 2018), section 3, as TFLite
+  computes it (`ChooseQuantizationParams`).
+  """
+  bottom = jnp.minimum(jnp.min(x, axis, keepdims=True), 0.0)
+  top = jnp.maximum(jnp.max(x, axis, keepdims=True), 0.0)
+  scale = jnp.maximum((top - bottom) * (1 / (high - low)), SMALLEST)
+  zero_point = jnp.clip(jnp.round(low - bottom / scale), low, high)
+  return Grid(scale, zero_point, low, high)
+
+
+def quantize(x: Array, grid: Grid, uniform: Array | None = None) -> Array:
+  """The codes of the nearest grid points, or of a neighbour drawn at random.
+
+  Args:
+    x: values.
+    grid: what to quantise to.
+    uniform: independent draws from [0, 1) like `x` for stochastic rounding;
+      None rounds to the nearest, ties to even.
+
+  Returns:
+    Codes as float32 holding integers in [grid.low, grid.high].
+  """
+  # A division, not a product with the reciprocal: the code of a grid point is
+  # then exact, and the compiler cannot contract it with the sum that follows.
+  codes = round_to_integer(x / grid.scale, uniform) + grid.zero_point
+  return jnp.clip(codes, grid.low, grid.high)
+
+
+def dequantize(codes: Array, grid: Grid) -> Array:
+  """The values of codes, float32."""
+  return (codes - grid.zero_point) * grid.scale
+
+
+def round_to_integer(x: Array, uniform: Array | None = None) -> Array:
+  """Rounds to the nearest integer, or to a neighbour without bias.
+
+  Args:
+    x: float32 values.
+    uniform: draws from [0, 1), or None for nearest, ties to even.
+
+  Returns:
+    float32 holding integers; with `uniform` their expectation is `x`.
+  """
+  if uniform is None:
+    return jnp.round(x)
+  # floor(x + u) in exact arithmetic. The sum itself would lose the low bits of
+  # u, and round to the next integer where u is close to 1; the fraction that
+  # floor leaves is exact in float32.
+  whole = jnp.floor(x)
+  return whole + (uniform < x - whole)
+
+
+class FloatFormat(NamedTuple):
+  """A binary floating-point format below float32.
+
+  Attributes:
+    dtype: NumPy dtype of the format.
+    mantissa: explicit mantissa bits.
+    min_exponent: exponent of the smallest normal number.
+    largest: largest finite value.
+  """
+
+  dtype: np.dtype
+  mantissa: int
+  min_exponent: int
+  largest: float
+
+
+def _float_format(dtype: type) -> FloatFormat:
+  info = ml_dtypes.finfo(dtype)
+  return FloatFormat(
+    np.dtype(dtype), info.nmant, int(info.minexp), float(info.max)
+  )
+
+
+FLOAT_FORMATS = {
+  "float16": _float_format(np.float16),
+  "bfloat16": _float_format(ml_dtypes.bfloat16),
+  "float8_e4m3": _float_format(ml_dtypes.float8_e4m3fn),
+  "float8_e5m2": _float_format(ml_dtypes.float8_e5m2),
+}
+
+
+def float_step(x: Array, fmt: FloatFormat) -> Array:
+  """Distance of the format's numbers around `x`, float32, at least 2^-126."""
+  pattern = jax.lax.bitcast_convert_type(jnp.float32(x), jnp.int32)
+  exponent = ((pattern >> 23) & 0xFF) - 127
+  # The floor matters to bfloat16 alone, whose smallest steps are subnormal.
+  low = max(fmt.min_exponent, fmt.mantissa - 126)
+  biased = jnp.maximum(exponent, low) - fmt.mantissa + 127
+  return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
+
+
+def to_format(
+  x: Array, fmt: FloatFormat, uniform: Array | None = None
+) -> Array:
+  """Rounds float32 to a narrower format, saturating at its largest value.
+
+  Args:
+    x: finite float32 values.
+    fmt: the format.
+    uniform: draws from [0, 1) like `x` for stochastic rounding; None rounds to
+      the nearest, ties to even.
+
+  Returns:
+    Values of the format's dtype, finite.
+  """
+  if uniform is not None:
+    step = float_step(x, fmt)
+    x = round_to_integer(x / step, uniform) * step
+  x = jnp.clip(x, -fmt.largest, fmt.largest)
+  return x.astype(fmt.dtype)

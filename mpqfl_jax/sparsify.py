@@ -1,0 +1,304 @@
+"""Sparse updates: exact thresholds, index coding, and the leaf codecs.
+
+On the device a sparse leaf stays dense, zeros and all: what is not sent costs
+no bytes, and gathering the rest would cost more time than it saves. The wire
+has the number of entries, their indices and their values.
+
+Indices are a bitmap or, where that is smaller, an Elias-Fano code (Elias 1974,
+Fano 1971): the low r bits of each index as they are, the rest as a bit string
+in which entry i of k sets bit (index >> r) + i. Its length depends on the
+number of entries alone, so that a device counts it without laying it out, and
+it stays within about half a bit an entry of the entropy of random positions.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import codecs, counter, quantize, wire
+from mpqfl_jax.types import Array
+
+BITMAP = 0xFF
+
+
+def magnitude_threshold(x: Array, k: int) -> Array:
+  """The largest threshold that at least `k` magnitudes reach.
+
+  Args:
+    x: float32, finite, of any shape.
+    k: 1 to x.size.
+
+  Returns:
+    [] int32: the bit pattern of the threshold. Patterns of non-negative floats
+    are ordered as the floats are.
+  """
+  # Bisection over bit patterns, a count a step; a sort takes ten times as long.
+  pattern = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+
+  def unfinished(bounds):
+    low, high, reached = bounds
+    return (high - low > 1) & (reached != k)
+
+  def halve(bounds):
+    low, high, reached = bounds
+    middle = low + (high - low) // 2
+    count = jnp.sum(pattern >= middle, dtype=jnp.int32)
+    enough = count >= k
+    return (
+      jnp.where(enough, middle, low),
+      jnp.where(enough, high, middle),
+      jnp.where(enough, count, reached),
+    )
+
+  start = (jnp.int32(0), jnp.max(pattern) + 1, jnp.int32(x.size))
+  return jax.lax.while_loop(unfinished, halve, start)[0]
+
+
+def index_bytes(count: Array, entries: int) -> tuple[Array, Array]:
+  """How `count` of `entries` indices are coded, and in how many bytes.
+
+  Args:
+    count: [] int32 (or int on the host), number of indices.
+    entries: how many there could be.
+
+  Returns:
+    coding: [] int32, `BITMAP` or r of the Elias-Fano code.
+    num_bytes: [] int32.
+  """
+  xp = np if isinstance(count, (int, np.integer)) else jnp
+  shift = np.arange(entries.bit_length(), dtype=np.int32)
+  low = -(-(count * shift) // 8)
+  high = -(-(count + ((entries - 1) >> shift)) // 8)
+  sizes = low + high
+  best = xp.argmin(sizes)
+  bitmap = -(-entries // 8)
+  coding = xp.where(bitmap <= sizes[best], BITMAP, best)
+  size = xp.minimum(bitmap, sizes[best])
+  return xp.where(count == 0, BITMAP, coding), xp.where(count == 0, 0, size)
+
+
+def write_indices(index: np.ndarray, entries: int) -> tuple[int, bytes]:
+  """Codes increasing indices below `entries`: (coding, bytes)."""
+  coding = int(index_bytes(index.size, entries)[0])
+  if index.size == 0:
+    return coding, b""
+  if coding == BITMAP:
+    mask = np.zeros(entries, bool)
+    mask[index] = True
+    return coding, np.packbits(mask, bitorder="little").tobytes()
+  low = (index[:, None] >> np.arange(coding)) & 1
+  high = np.zeros(index.size + ((entries - 1) >> coding), bool)
+  high[(index >> coding) + np.arange(index.size)] = True
+  return coding, (
+    np.packbits(low.astype(bool), bitorder="little").tobytes()
+    + np.packbits(high, bitorder="little").tobytes()
+  )
+
+
+def read_indices(
+  reader: wire.Reader, coding: int, count: int, entries: int
+) -> np.ndarray:
+  """The inverse of `write_indices`: [count] int64, increasing.
+
+  Args:
+    reader: at the first byte of the indices.
+    coding: what the record says.
+    count: number of indices, at most `entries`.
+    entries: how many there could be.
+
+  Returns:
+    The indices.
+
+  Raises:
+    wire.WireError: `write_indices` cannot have written them.
+  """
+  if coding != int(index_bytes(count, entries)[0]):
+    raise wire.WireError(f"index coding {coding:#04x} is not the shortest one")
+  if count == 0:
+    return np.zeros(0, np.int64)
+  if coding == BITMAP:
+    index = np.flatnonzero(_read_bits(reader, entries))
+    if index.size != count:
+      raise wire.WireError(f"bitmap has {index.size} entries, expected {count}")
+    return index
+  low = _read_bits(reader, count * coding).reshape(count, coding)
+  place = np.flatnonzero(_read_bits(reader, count + ((entries - 1) >> coding)))
+  if place.size != count:
+    raise wire.WireError(f"indices have {place.size} entries, expected {count}")
+  high = place - np.arange(count)
+  index = (high << coding) + low @ (1 << np.arange(coding, dtype=np.int64))
+  if index[-1] >= entries or not (np.diff(index) > 0).all():
+    raise wire.WireError("indices do not increase within the leaf")
+  return index
+
+
+def _read_bits(reader: wire.Reader, count: int) -> np.ndarray:
+  raw = np.frombuffer(reader.take(-(-count // 8)), np.uint8)
+  bits = np.unpackbits(raw, bitorder="little")
+  if bits[count:].any():
+    raise wire.WireError("padding bits are not zero")
+  return bits[:count]
+
+
+def largest(
+  shape: codecs.Shape, keep: Callable[[int], int], name: str
+) -> codecs.LeafCodec:
+  """Sends the entries of largest magnitude as float32, the rest as zero.
+
+  Entries that tie with the smallest one that is kept are kept too; zeros never
+  cost anything.
+
+  Args:
+    shape: the leaf's.
+    keep: entries of the leaf -> how many to keep.
+    name: of the rule.
+
+  Returns:
+    The leaf's codec.
+  """
+  entries = math.prod(shape)
+  if entries == 0:
+    return codecs.empty(shape)
+  kept = keep(entries)
+
+  def encode(seed, x, state):
+    x = quantize.finite(x)
+    threshold = jnp.int32(np.float32(np.inf).view(np.int32))
+    if kept > 0:
+      threshold = magnitude_threshold(x, kept)
+    # Below the smallest normal number, devices disagree on what is zero.
+    threshold = jnp.maximum(threshold, quantize.SMALLEST.view(np.int32))
+    pattern = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+    return {"values": jnp.where(pattern >= threshold, x, 0.0)}, state
+
+  def bins(payload):
+    x = payload["values"]
+    magnitude = jnp.where(x == 0, jnp.inf, jnp.abs(x))
+    smallest = jnp.min(magnitude)
+    # Fewer than were to be kept: all others are zero.
+    short = jnp.sum(x != 0) < kept
+    bound = jnp.where(short, quantize.SMALLEST, smallest)
+    bound = jnp.where(x == 0, bound, 0.0)
+    return x - bound, x + bound, bound * bound / 3
+
+  def num_bytes(payload):
+    count = jnp.sum(payload["values"] != 0, dtype=jnp.int32)
+    return 6 + index_bytes(count, entries)[1] + 4 * count
+
+  def pack(payload):
+    values = np.asarray(payload["values"], "<f4").reshape(-1)
+    index = np.flatnonzero(values)
+    coding, indices = write_indices(index, entries)
+    count = index.size.to_bytes(4, "little")
+    return [
+      bytes([TAG_LARGEST]),
+      count,
+      bytes([coding]),
+      indices,
+      values[index].data,
+    ]
+
+  def unpack(reader):
+    wire.read_tag(reader, (TAG_LARGEST,))
+    count = int.from_bytes(reader.take(4), "little")
+    if count > entries:
+      raise wire.WireError(f"{count} entries in a leaf of {entries}")
+    index = read_indices(reader, reader.take(1)[0], count, entries)
+    sent = np.frombuffer(reader.take(4 * count), "<f4")
+    size = np.abs(sent)
+    if not ((size >= quantize.SMALLEST) & (size <= quantize.LARGEST)).all():
+      raise wire.WireError("a sparse value is zero, too large or no number")
+    values = np.zeros(entries, np.float32)
+    values[index] = sent
+    return {"values": values.reshape(shape)}
+
+  return codecs.LeafCodec(
+    name=name,
+    stochastic=False,
+    init=lambda: (),
+    encode=encode,
+    decode=lambda payload: payload["values"],
+    num_bytes=num_bytes,
+    max_bytes=6 + -(-entries // 8) + 4 * entries,
+    pack=pack,
+    unpack=unpack,
+    bins=bins,
+  )
+
+
+TAG_LARGEST = 0x0A
+TAG_RANDOM = 0x0B
+
+
+def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
+  """Sends each entry with probability `ratio`, scaled so as not to bias.
+
+  Which entries follows from a seed that is sent, so that indices cost nothing.
+
+  Args:
+    shape: the leaf's.
+    ratio: probability, in (0, 1].
+
+  Returns:
+    The leaf's codec.
+
+  Source: Konečný et al., "Federated Learning: Strategies for Improving
+  Communication Efficiency" (2016), section 3, random masks.
+  """
+  entries = math.prod(shape)
+  if entries == 0:
+    return codecs.empty(shape)
+  # In 24 bits, which float32 holds exactly.
+  limit = np.float32(round(ratio * 2**24) / 2**24)
+  factor = np.float32(1) / limit
+  largest = quantize.LARGEST * limit
+
+  def mask(seed):
+    return counter.uniform(seed, shape) < limit
+
+  def encode(seed, x, state):
+    # What is decoded, not only what is sent, stays finite.
+    x = jnp.clip(quantize.finite(x), -largest, largest)
+    return {"seed": seed, "values": jnp.where(mask(seed), x, 0.0)}, state
+
+  def bins(payload):
+    x, sent = payload["values"], mask(payload["seed"])
+    count = jnp.maximum(jnp.sum(sent), 1)
+    square = jnp.sum(x * x) / count
+    reach = jnp.where(sent, 0.0, jnp.inf)
+    variance = jnp.where(sent, ((factor - 1) * x) ** 2, square)
+    return x - reach, x + reach, variance
+
+  def num_bytes(payload):
+    return 9 + 4 * jnp.sum(mask(payload["seed"]), dtype=jnp.int32)
+
+  def pack(payload):
+    seed = np.asarray(payload["seed"], "<u4")
+    values = np.asarray(payload["values"], "<f4")
+    return [bytes([TAG_RANDOM]), seed.data, values[np.asarray(mask(seed))].data]
+
+  def unpack(reader):
+    wire.read_tag(reader, (TAG_RANDOM,))
+    seed = np.frombuffer(reader.take(8), "<u4").astype(np.uint32)
+    sent = np.asarray(mask(seed))
+    values = np.zeros(shape, np.float32)
+    values[sent] = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
+    if not (np.abs(values) <= largest).all():
+      raise wire.WireError("a value is too large or no number")
+    return {"seed": seed, "values": values}
+
+  return codecs.LeafCodec(
+    name=f"randomk ratio={ratio:g}",
+    stochastic=False,
+    init=lambda: (),
+    encode=encode,
+    decode=lambda payload: payload["values"] * factor,
+    num_bytes=num_bytes,
+    max_bytes=9 + 4 * entries,
+    pack=pack,
+    unpack=unpack,
+    bins=bins,
+  )

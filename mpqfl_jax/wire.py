@@ -1,0 +1,156 @@
+"""Payloads as bytes: framing, checks, one error for all that is malformed.
+
+A message is a header (magic and version, a fingerprint of the model's shapes
+and of the rules), one record a leaf (its rule's tag, then its fields), and a
+checksum. `docs/wire.md` is the specification. Reading is a trust boundary: the
+template decides every length before a byte is looked at, so that a message can
+neither make the reader allocate more than the template's size nor yield a
+payload that no client can have sent.
+"""
+
+from collections.abc import Callable, Sequence
+import struct
+from typing import NamedTuple
+import zlib
+
+import numpy as np
+
+MAGIC = b"MPQ"
+VERSION = 1
+HEADER = struct.Struct("<3sBI")
+CHECKSUM = struct.Struct("<I")
+OVERHEAD = HEADER.size + CHECKSUM.size  # bytes a message
+
+
+class WireError(Exception):
+  """A message that no encoder of this model and policy can have written."""
+
+
+class Field(NamedTuple):
+  """A run of numbers in a record whose length the template fixes.
+
+  Attributes:
+    name: key of the array in the leaf's payload.
+    dtype: NumPy dtype on the device; the wire has it little-endian.
+    shape: shape of the array.
+    check: array -> whether an encoder can have written it.
+  """
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  check: Callable[[np.ndarray], bool]
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes on the wire."""
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Reader:
+  """A cursor over a message whose checksum has been verified."""
+
+  def __init__(self, message: memoryview):
+    self._message = message
+    self._at = 0
+
+  def take(self, count: int) -> memoryview:
+    """The next `count` bytes."""
+    if count > len(self._message) - self._at:
+      raise WireError(
+        f"record needs {count} bytes at offset {self._at}, message has"
+        f" {len(self._message) - self._at} left"
+      )
+    taken = self._message[self._at : self._at + count]
+    self._at += count
+    return taken
+
+  def array(self, field: Field) -> np.ndarray:
+    """The next field, checked."""
+    raw = self.take(field.num_bytes)
+    array = np.frombuffer(raw, field.dtype.newbyteorder("<"))
+    array = array.astype(field.dtype, copy=False).reshape(field.shape)
+    if not field.check(array):
+      raise WireError(f"field {field.name!r} holds values no encoder writes")
+    return array
+
+  def finish(self) -> None:
+    """Raises if anything is left."""
+    if self._at != len(self._message):
+      raise WireError(
+        f"{len(self._message) - self._at} bytes left after the last record"
+      )
+
+
+def write_fields(fields: Sequence[Field], payload: dict) -> list[bytes]:
+  """The fields' arrays as little-endian bytes, in order."""
+  chunks = []
+  for field in fields:
+    array = np.asarray(payload[field.name])
+    if array.shape != field.shape or array.dtype != field.dtype:
+      raise ValueError(
+        f"field {field.name!r}: expected {field.dtype}{list(field.shape)}, got"
+        f" {array.dtype}{list(array.shape)} (payload of a batch of clients?)"
+      )
+    chunks.append(array.astype(field.dtype.newbyteorder("<"), copy=False).data)
+  return chunks
+
+
+def read_fields(fields: Sequence[Field], reader: Reader) -> dict:
+  """The inverse of `write_fields`; raises WireError."""
+  return {field.name: reader.array(field) for field in fields}
+
+
+def read_tag(reader: Reader, tags: Sequence[int]) -> int:
+  """A record's first byte: the index of its tag among those that may stand."""
+  tag = reader.take(1)[0]
+  if tag not in tags:
+    names = ", ".join(f"{known:#04x}" for known in tags)
+    raise WireError(f"record has rule {tag:#04x}, expected {names}")
+  return tags.index(tag)
+
+
+def fingerprint(text: str) -> int:
+  """32 bits that stand for the shapes and rules both sides agreed on."""
+  return zlib.crc32(text.encode())
+
+
+def seal(print_: int, records: Sequence[bytes]) -> bytes:
+  """Frames records into a message."""
+  body = b"".join([HEADER.pack(MAGIC, VERSION, print_), *records])
+  return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
+  """Checks a message's frame and gives a reader of its records.
+
+  Args:
+    message: what came off the wire.
+    print_: fingerprint of the receiver's template.
+    max_bytes: the longest message that the template allows.
+
+  Returns:
+    A reader at the first record.
+
+  Raises:
+    WireError: the frame is not one that `seal` writes for this template.
+  """
+  if not OVERHEAD <= len(message) <= max_bytes:
+    raise WireError(
+      f"message of {len(message)} bytes, expected {OVERHEAD} to {max_bytes}"
+    )
+  view = memoryview(message)
+  magic, version, found = HEADER.unpack_from(view)
+  if magic != MAGIC:
+    raise WireError(f"magic is {magic!r}, expected {MAGIC!r}")
+  if version != VERSION:
+    raise WireError(f"version {version}, this reader knows {VERSION}")
+  if found != print_:
+    raise WireError(
+      f"fingerprint {found:08x} of model and policy, expected {print_:08x}"
+    )
+  body = view[: -CHECKSUM.size]
+  (checksum,) = CHECKSUM.unpack_from(view, len(body))
+  if zlib.crc32(body) != checksum:
+    raise WireError("checksum does not match: corrupted on the way")
+  return Reader(body[HEADER.size :])
