@@ -116,11 +116,22 @@ def mesh(num_devices: int | None = None) -> Mesh:
 
 
 class ClientOutput(NamedTuple):
-  """What one client's turn yields, server side decoding included."""
+  """What one client's turn yields, server side decoding included.
+
+  Attributes:
+    update: what the server decoded.
+    payload: what crossed the wire.
+    state: the client's new state.
+    finite: [] bool, whether what the client wanted to send was finite; the
+      wire carries finite values only, so that the codec has to drop the rest.
+    loss: [] float32, mean local training loss.
+    uplink_bytes: [] int32, length of the packed payload.
+  """
 
   update: Update
   payload: Payload
   state: PyTree
+  finite: Array
   loss: Array
   uplink_bytes: Array
 
@@ -163,8 +174,7 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
 
   def turn(params, examples, client, state, key):
     out = client_fn(params, examples, client, state, key)
-    finite = aggregate.is_finite(out.update)
-    weight = jnp.where(finite, client.size, 0).astype(jnp.float32)
+    weight = jnp.where(out.finite, client.size, 0).astype(jnp.float32)
     return out, weight
 
   def one(params, examples, key, total, client, state):
@@ -175,12 +185,8 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
     out, weight = jax.vmap(turn, (None, None, 0, 0, None))(
       params, examples, clients, states, key
     )
-    safe = jax.tree.map(
-      lambda u: jnp.where(weight.reshape(-1, *[1] * (u.ndim - 1)) > 0, u, 0.0),
-      out.update,
-    )
     total = jax.tree.map(
-      lambda t, u: t + jnp.tensordot(weight, u, 1), total, safe
+      lambda t, u: t + jnp.tensordot(weight, u, 1), total, out.update
     )
     return total, out, weight
 

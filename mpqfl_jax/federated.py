@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from mpqfl_jax import engine, errors, local
+from mpqfl_jax import aggregate, engine, errors, local
 from mpqfl_jax.types import (
   Codec,
   FederatedAlgorithm,
@@ -59,6 +59,7 @@ def client_turn(
       update=codec.decode(payload),
       payload=payload,
       state=(kept, residual),
+      finite=aggregate.is_finite(update),
       loss=result.loss,
       uplink_bytes=codec.num_bytes(payload),
     )

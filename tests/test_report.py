@@ -159,7 +159,7 @@ def fake_run(
             "model": "lenet_zhu",
             "image": i,
             "client": i,
-            "round": 0,
+            "round": 1,
             "batch_size": 1,
             "local_steps": 1,
             "labels_known": attack == "map",
@@ -189,7 +189,7 @@ def fake_run(
       metric_lines.append(
         {
           "defense": name,
-          "round": r,
+          "round": r + 1,
           "train_loss": float(2.3 * np.exp(-r / 6)),
           "test_loss": None,
           "test_accuracy": accuracy if last else float(shaken),
@@ -772,7 +772,7 @@ def test_grids_keep_images_and_rounds_apart(images):
       "attack": "dlg",
       "knowledge": "blind",
       "defense": "none",
-      "round": 0,
+      "round": 1,
       "original": x,
       "reconstruction": x,
       "label": images[1][:2],

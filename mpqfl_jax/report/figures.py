@@ -67,7 +67,7 @@ def _accuracy(
   lines: dict[str, list[tuple[int, float]]] = {}
   for row in run.rounds:
     if row.get("test_accuracy") is not None:
-      point = (row["round"] + 1, 100 * row["test_accuracy"])
+      point = (row["round"], 100 * row["test_accuracy"])
       lines.setdefault(row["defense"], []).append(point)
   lines = {name: sorted(lines[name]) for name in known if name in lines}
   if not lines:

@@ -1,0 +1,19 @@
+"""Eight CPU devices for every test, so that parallel code runs in parallel."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> pathlib.Path:
+  """The folder of prepared TFDS sets; the test is skipped where it is not."""
+  default = pathlib.Path(__file__).parents[1].parent / "shared" / "tfds"
+  folder = pathlib.Path(os.environ.get("MPQFL_TFDS_DIR", default))
+  if not folder.is_dir():
+    pytest.skip(f"no prepared TFDS sets in {folder}; set MPQFL_TFDS_DIR")
+  return folder

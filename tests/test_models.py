@@ -1,0 +1,93 @@
+"""Sizes from the papers, initial weights, normalisation, the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpqfl_jax import errors, layers, models, trees
+
+_MEAN, _STD = np.array([0.1307]), np.array([0.3081])
+
+
+def _make(name, shape=(28, 28, 1), conv="xla"):
+  mean = np.full(shape[-1], _MEAN[0])
+  std = np.full(shape[-1], _STD[0])
+  return models.make(name, shape, 10, mean, std, conv)
+
+
+@pytest.mark.parametrize(
+  "name, shape, parameters",
+  [
+    # McMahan et al. 2017, section 3: 199,210 and 1,663,370.
+    ("mlp", (28, 28, 1), 199_210),
+    ("cnn", (28, 28, 1), 1_663_370),
+    # Zhu et al. 2019: 5x5x12 three times and a dense layer, on 32x32x3:
+    # 912 + 3,612 + 3,612 + 7,690.
+    ("lenet_zhu", (32, 32, 3), 15_826),
+  ],
+)
+def test_number_of_parameters(name, shape, parameters):
+  params = _make(name, shape).init(jax.random.key(0))
+  assert trees.size(params) == parameters
+
+
+def test_lenet_weights_are_uniform_on_one_half():
+  params = _make("lenet_zhu").init(jax.random.key(0))
+  for leaf in jax.tree.leaves(params):
+    assert np.abs(leaf).max() <= 0.5
+  dense = np.asarray(params["dense1"]["kernel"]).ravel()
+  # The variance of a uniform on [-1/2, 1/2] is 1/12; five standard errors.
+  error = 5 * np.sqrt(1 / 180 / dense.size)
+  assert abs(dense.var() - 1 / 12) < error
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+@pytest.mark.parametrize("form", [f for f in layers.FORMS if f != "xla"])
+def test_forms_change_no_logit(name, form):
+  base, other = _make(name), _make(name, conv=form)
+  params = base.init(jax.random.key(0))
+  x = jax.random.uniform(jax.random.key(1), (3, 28, 28, 1))
+  np.testing.assert_allclose(
+    jax.jit(other.apply)(params, x), jax.jit(base.apply)(params, x), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_layers_sort_in_the_order_of_the_network(name):
+  params = _make(name).init(jax.random.key(0))
+  layers_ = list(
+    dict.fromkeys(n.split("/")[0] for n in trees.leaf_names(params))
+  )
+  convs = [layer for layer in layers_ if layer.startswith("conv")]
+  assert layers_[: len(convs)] == convs
+
+
+def test_normalises_inside():
+  model = _make("mlp")
+  params = model.init(jax.random.key(0))
+  x = jax.random.uniform(jax.random.key(1), (2, 28, 28, 1))
+  z = (np.asarray(x) - _MEAN) / _STD
+  h = z.reshape(2, -1)
+  for name in ("dense1", "dense2"):
+    h = np.maximum(h @ params[name]["kernel"] + params[name]["bias"], 0)
+  want = h @ params["dense3"]["kernel"] + params["dense3"]["bias"]
+  np.testing.assert_allclose(model.apply(params, x), want, atol=1e-4)
+
+
+def test_cross_entropy_of_labels_and_of_probabilities():
+  model = _make("mlp")
+  params = model.init(jax.random.key(0))
+  x = jax.random.uniform(jax.random.key(1), (4, 28, 28, 1))
+  y = jnp.array([3, 1, 4, 1])
+  logits = np.asarray(model.apply(params, x), np.float64)
+  want = np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), y]
+  hard = models.cross_entropy(model, params, x, y)
+  soft = models.cross_entropy(model, params, x, jax.nn.one_hot(y, 10))
+  np.testing.assert_allclose(hard, want, rtol=1e-4)
+  np.testing.assert_allclose(soft, want, rtol=1e-4)
+
+
+def test_unknown_model_names_the_nearest():
+  with pytest.raises(errors.UserError, match="Did you mean 'lenet_zhu'"):
+    _make("lenet_zu")
