@@ -16,11 +16,13 @@ codes of their own.
 
 import math
 from types import ModuleType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax.types import Array
+# A `jax.Array` or a `numpy.ndarray`, as `xp` says.
+Codes = Any
 
 TRITS = 5
 
@@ -43,7 +45,7 @@ def high_levels(levels: int) -> int:
   return ((levels - 1) >> 8) + 1
 
 
-def pack(codes: Array, levels: int, xp: ModuleType = jnp) -> Array:
+def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   """Packs codes into bytes.
 
   Args:
@@ -82,8 +84,8 @@ def pack(codes: Array, levels: int, xp: ModuleType = jnp) -> Array:
 
 
 def unpack(
-  packed: Array, count: int, levels: int, xp: ModuleType = jnp
-) -> Array:
+  packed: Codes, count: int, levels: int, xp: ModuleType = jnp
+) -> Codes:
   """Undoes `pack`.
 
   Args:
@@ -147,5 +149,5 @@ def _group(levels: int) -> tuple[int, int]:
   return 8 // common, width // common
 
 
-def _shift(codes: Array, left: int) -> Array:
+def _shift(codes: Codes, left: int) -> Codes:
   return codes << np.uint8(left) if left >= 0 else codes >> np.uint8(-left)

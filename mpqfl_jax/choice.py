@@ -65,7 +65,8 @@ def menu(options: Sequence[Option]) -> Menu:
   Raises:
     UserError: an option names no precision or mode that a choice can hold.
   """
-  kinds, parts = [], []
+  kinds: list[int] = []
+  parts: list[numerics.Numerics | None] = []
   for option in options:
     if option.precision == "none":
       kinds.append(WITHHELD)
@@ -239,9 +240,9 @@ def leaf(
       payload["codes"] = codes.astype(np.uint16)
     return payload
 
-  names = ", ".join(" ".join(option).strip() for option in menu.options)
+  names = [" ".join(option).strip() for option in menu.options]
   return codecs.LeafCodec(
-    name=f"one of {names}; {rounding}",
+    name=f"one of {', '.join(names)}; {rounding}",
     stochastic=stochastic,
     init=lambda: (),
     encode=encode,
@@ -251,4 +252,5 @@ def leaf(
     pack=pack,
     unpack=unpack,
     bins=bins,
+    rule=lambda payload: f"{names[int(payload['choice'])]} {rounding}",
   )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqfl_jax import bitpack, counter, numerics, quantize, trees, wire
-from mpqfl_jax.types import Array, Bins, Codec, PyTree
+from mpqfl_jax.types import Array, Bins, Codec, LeafRecord, PyTree
 
 Shape = tuple[int, ...]
 
@@ -34,6 +34,7 @@ class LeafCodec(NamedTuple):
     pack: payload on the host -> byte strings.
     unpack: reader -> payload.
     bins: payload -> (lower, upper, variance), see `types.Bins`.
+    rule: payload on the host -> the rule that it was sent by, in words.
   """
 
   name: str
@@ -46,6 +47,7 @@ class LeafCodec(NamedTuple):
   pack: Callable[[dict], list]
   unpack: Callable[[wire.Reader], dict]
   bins: Callable[[dict], tuple[Array, Array, Array]]
+  rule: Callable[[dict], str]
 
 
 def blockwise(
@@ -76,7 +78,7 @@ def blockwise(
   levels = numeric.levels
   dither = numeric.rounding == "dither"
 
-  fields = fields_of(numeric, count, blocks.count)
+  fields = fields_of(numeric, count, blocks.number)
   if dither:
     fields.insert(
       0, wire.Field("seed", np.dtype(np.uint32), (2,), lambda seed: True)
@@ -86,17 +88,16 @@ def blockwise(
     if momentum is None:
       return ()
     # NaN: nothing seen yet.
-    return jnp.full((2, blocks.count), jnp.nan, jnp.float32)
+    return jnp.full((2, blocks.number), jnp.nan, jnp.float32)
 
   def encode(seed, x, state):
     y = blocks.cut(quantize.finite(x))
-    uniform = None
-    if numeric.rounding != "nearest":
-      uniform = counter.uniform(seed, y.shape)
+    random = numeric.rounding != "nearest"
+    uniform = counter.uniform(seed, y.shape) if random else None
     reference = y
     if momentum is not None:
-      bottom = jnp.min(y, blocks.axis).reshape(blocks.count)
-      top = jnp.max(y, blocks.axis).reshape(blocks.count)
+      bottom = jnp.min(y, blocks.axis).reshape(blocks.number)
+      top = jnp.max(y, blocks.axis).reshape(blocks.number)
       seen = jnp.stack([bottom, top])
       known = jnp.where(jnp.isnan(state), seen, state)
       state = momentum * known + (1 - momentum) * seen
@@ -131,7 +132,7 @@ def blockwise(
     return blocks.join(lower), blocks.join(upper), blocks.join(variance)
 
   name = numeric.name
-  if blocks.count > 1:
+  if blocks.number > 1:
     name += f" per {granularity}"
   if momentum is not None:
     name += " static"
@@ -196,6 +197,7 @@ def fixed(
     pack=lambda payload: [bytes([tag]), *wire.write_fields(fields, payload)],
     unpack=unpack,
     bins=bins,
+    rule=lambda payload: name,
   )
 
 
@@ -203,18 +205,18 @@ class Blocks(NamedTuple):
   """How a leaf is cut into blocks that share side information.
 
   Attributes:
-    count: number of blocks.
+    number: how many blocks there are.
     axis: axis of the cut array that runs along a block, None for all of it.
     sizes: entries of each block, padding not counted; broadcasts against the
       cut array.
     cut: [shape] or [entries] -> cut array.
-    cut_extremes: [2, count] -> cut array of two entries a block.
+    cut_extremes: [2, number] -> cut array of two entries a block.
     flat: cut array -> [entries].
     join: cut array -> [shape].
-    spread: [count] -> array that broadcasts against the cut array.
+    spread: [number] -> array that broadcasts against the cut array.
   """
 
-  count: int
+  number: int
   axis: int | None
   sizes: np.ndarray
   cut: Callable[[Array], Array]
@@ -230,7 +232,7 @@ class Blocks(NamedTuple):
     if granularity == "channel" and len(shape) > 1:
       channels = shape[-1]
       return cls(
-        count=channels,
+        number=channels,
         axis=0,
         sizes=np.full((1, channels), entries // channels, np.float32),
         cut=lambda x: x.reshape(-1, channels),
@@ -245,7 +247,7 @@ class Blocks(NamedTuple):
       sizes = np.full((rows, 1), granularity, np.float32)
       sizes[-1] -= padding
       return cls(
-        count=rows,
+        number=rows,
         axis=1,
         sizes=sizes,
         cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(rows, -1),
@@ -255,7 +257,7 @@ class Blocks(NamedTuple):
         spread=lambda side: side.reshape(rows, 1),
       )
     return cls(
-      count=1,
+      number=1,
       axis=None,
       sizes=np.full((1,), entries, np.float32),
       cut=lambda x: x.reshape(-1),
@@ -323,15 +325,13 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
 
   def encode(key, update, state):
     seeds = counter.seeds(key, len(leaves))
-    parts = zip(
-      leaves, seeds, treedef.flatten_up_to(update), state, strict=True
-    )
+    parts = zip(leaves, seeds, jax.tree.leaves(update), state, strict=True)
     done = [leaf.encode(*arguments) for leaf, *arguments in parts]
     return tuple(p for p, _ in done), tuple(s for _, s in done)
 
   def decode(payload):
     values = [c.decode(p) for c, p in zip(leaves, payload, strict=True)]
-    return treedef.unflatten(values)
+    return jax.tree.unflatten(treedef, values)
 
   def num_bytes(payload):
     sizes = [c.num_bytes(p) for c, p in zip(leaves, payload, strict=True)]
@@ -353,13 +353,20 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
     parts = [c.bins(p) for c, p in zip(leaves, payload, strict=True)]
     lower, upper, variance = zip(*parts, strict=True)
     return Bins(
-      treedef.unflatten(lower),
-      treedef.unflatten(upper),
-      treedef.unflatten(variance),
-      treedef.unflatten([leaf.stochastic for leaf in leaves]),
+      jax.tree.unflatten(treedef, lower),
+      jax.tree.unflatten(treedef, upper),
+      jax.tree.unflatten(treedef, variance),
+      jax.tree.unflatten(treedef, [leaf.stochastic for leaf in leaves]),
     )
 
-  return Codec(init, encode, decode, num_bytes, pack, unpack, bins)
+  def records(payload):
+    names = trees.leaf_names(template)
+    return [
+      LeafRecord(path, leaf.rule(part), int(leaf.num_bytes(part)))
+      for path, leaf, part in zip(names, leaves, payload, strict=True)
+    ]
+
+  return Codec(init, encode, decode, num_bytes, pack, unpack, bins, records)
 
 
 def error_feedback(codec: Codec) -> Codec:

@@ -8,8 +8,8 @@ rounds of a 32-bit mixing function over (position, seed), which the compiler
 fuses into the pass that rounds.
 
 The mixing function is the two-multiply xorshift of Wellons' search for hashes
-of low avalanche bias ("Prospecting for Hash Functions", 2018: shifts 16, 15, 16,
-multipliers 0x7feb352d, 0x846ca68b).
+of low avalanche bias ("Prospecting for Hash Functions", 2018: shifts 16, 15,
+16, multipliers 0x7feb352d, 0x846ca68b).
 """
 
 import math

@@ -55,7 +55,7 @@ class Numerics(NamedTuple):
   levels: int
   rounding: str
   side: dict[str, SideField]
-  fit: Callable[[Array, int | None, Array], Side]
+  fit: Callable[[Array, int | None, np.ndarray], Side]
   encode: Callable[[Array, Side, Array | None], Array]
   decode: Callable[[Array, Side, Array | None], Array]
   bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
@@ -195,7 +195,7 @@ def _linear(
   low: int,
   high: int,
   rounding: str,
-  fit: Callable[[Array, int | None, Array], quantize.Grid],
+  fit: Callable[[Array, int | None, np.ndarray], quantize.Grid],
   affine: bool = False,
   power_of_two: bool = False,
   saturates: bool = False,
@@ -245,7 +245,7 @@ def _linear(
   def bins(codes, side, uniform):
     value = decode(codes, side, uniform)
     scale = grid_of(side).scale
-    reach = 1.0 if rounding == "stochastic" else 0.5
+    reach: Array | float = 1.0 if rounding == "stochastic" else 0.5
     ends = (codes == 0) | (codes == levels - 1)
     if affine and rounding == "dither":
       # The zero point's rounding and the draw together push entries at the ends
@@ -318,7 +318,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
   def bins(codes, side, uniform):
     value = unscaled(codes)
     scale = side["scale"] if scaled else jnp.float32(1)
-    step = quantize.float_step(value, fmt)
+    step, _ = quantize.float_step(value, fmt)
     reach = 1.0 if rounding == "stochastic" else 0.5
     half = reach * step + quantize.SMALLEST + jnp.abs(value) * SLACK
     lower = jnp.where(value <= -fmt.largest, -jnp.inf, value - half)
@@ -349,20 +349,31 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
   )
 
 
-def sign() -> Numerics:
-  """One bit an entry and the mean magnitude: scaled signSGD.
+def sign(unbiased: bool = False) -> Numerics:
+  """One bit an entry and a scale: scaled signSGD, or DRIVE behind a rotation.
+
+  Args:
+    unbiased: the scale is |y|_2^2 / |y|_1, which makes the decoded vector's
+      product with the block right, rather than |y|_1 / d, the mean magnitude,
+      which makes its squared error least.
 
   Returns:
     The numerics. Zero counts as positive.
 
-  Source: Bernstein et al., "signSGD" (ICML 2018); the scale is that of
-  Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 1.
+  Source: Bernstein et al., "signSGD" (ICML 2018); the mean magnitude:
+  Karimireddy et al., "Error Feedback Fixes SignSGD" (ICML 2019), algorithm 1;
+  unbiased: Vargaftik et al., "DRIVE: One-bit Distributed Mean Estimation"
+  (NeurIPS 2021).
   """
 
   def fit(y, axis, sizes):
     largest = _largest(y, axis)
-    mean = jnp.sum(jnp.abs(y / largest), axis, keepdims=True) * (1 / sizes)
-    return {"scale": largest * mean}
+    unit = y / largest
+    total = jnp.sum(jnp.abs(unit), axis, keepdims=True)
+    if unbiased:
+      square = jnp.sum(unit * unit, axis, keepdims=True)
+      return {"scale": largest * square / jnp.maximum(total, 1e-30)}
+    return {"scale": largest * (total * (1 / sizes))}
 
   def decode(codes, side, uniform):
     return (2.0 * codes.astype(jnp.float32) - 1.0) * side["scale"]
@@ -378,7 +389,7 @@ def sign() -> Numerics:
 
   limit = quantize.LARGEST * np.float32(1 + 2.0**-20)
   return Numerics(
-    "sign",
+    "sign unbiased" if unbiased else "sign",
     0x06,
     2,
     "nearest",
@@ -485,7 +496,9 @@ def require_share(what: str, given: float) -> None:
     raise UserError(f"{what}={given}: expected a number in (0, 1].")
 
 
-def _between(low: float, high: float) -> Callable[[np.ndarray], bool]:
+def _between(
+  low: float | np.floating, high: float | np.floating
+) -> Callable[[np.ndarray], bool]:
   # Comparisons with NaN are false.
   return lambda array: bool(((array >= low) & (array <= high)).all())
 
@@ -502,5 +515,4 @@ def _exponent_above(scale: Array) -> Array:
 
 
 def _power(exponent: Array) -> Array:
-  pattern = exponent.astype(jnp.int32) << 23
-  return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+  return quantize.power_of_two(exponent.astype(jnp.int32) - 127)

@@ -18,10 +18,20 @@ import tomllib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from mpqfl_jax import choice, codecs, errors, numerics, sparsify, trees
+from mpqfl_jax import (
+  budget,
+  choice,
+  codecs,
+  errors,
+  numerics,
+  rotation,
+  sparsify,
+  trees,
+)
 from mpqfl_jax.errors import UserError
-from mpqfl_jax.types import Codec, Params
+from mpqfl_jax.types import Codec, Key, Params, PyTree, Update
 
 Granularity = str | int
 
@@ -48,9 +58,21 @@ def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
     granularity: Granularity = "tensor",
     rounding: str = "nearest",
     power_of_two: bool = False,
+    rotate: bool = False,
+    range: str = "dynamic",
+    momentum: float = 0.9,
   ) -> codecs.LeafCodec:
     numeric = numerics.integer(bits, mode, rounding, power_of_two)
-    return codecs.blockwise(shape, numeric, _blocks(granularity))
+    blocks = _blocks(granularity)
+    numerics.require_choice("range", range, ("dynamic", "static"))
+    if range == "static":
+      numerics.require_share("momentum", momentum)
+    past = momentum if range == "static" else None
+    if rotate:
+      return rotation.rotated(
+        shape, lambda flat, _: codecs.blockwise(flat, numeric, blocks, past)
+      )
+    return codecs.blockwise(shape, numeric, blocks, past)
 
   return build
 
@@ -101,6 +123,13 @@ def _nf4(
   return codecs.blockwise(shape, numerics.nf4(), _blocks(granularity))
 
 
+def _drive(shape: codecs.Shape, unbiased: bool = True) -> codecs.LeafCodec:
+  numeric = numerics.sign(unbiased)
+  return rotation.rotated(
+    shape, lambda flat, block: codecs.blockwise(flat, numeric, block)
+  )
+
+
 def _prune(shape: codecs.Shape, ratio: float = 0.9) -> codecs.LeafCodec:
   numerics.require_share("ratio", ratio)
   return sparsify.largest(
@@ -134,6 +163,7 @@ LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "ternary": ("TernGrad: -s, 0, s at random", _ternary),
   "qsgd": ("QSGD: multiples of the norm over s, at random", _qsgd),
   "nf4": ("NormalFloat: quantiles of a normal distribution", _nf4),
+  "drive": ("signs of the rotated update and DRIVE's scale", _drive),
   "prune": ("zeroes the smallest magnitudes", _prune),
   "topk": ("sends only the largest magnitudes", _topk),
   "randomk": ("sends random entries, unbiased", _randomk),
@@ -143,7 +173,7 @@ LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
 # reconstruction: Ovi et al. (arXiv 2210.13457) quantise different layers with
 # different precision and different modes, but which layer gets which is not in
 # the published text.
-PAPER_TURNS = (
+PAPER_TURNS: tuple[tuple[str, dict[str, str]], ...] = (
   ("float16", {}),
   ("int8", {"mode": "affine"}),
   ("int8", {"mode": "symmetric"}),
@@ -214,8 +244,8 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
   if unused:
     rule = rules[min(unused)]
     raise UserError(
-      f"policy {name}: rule {min(unused) + 1} (path {rule.path!r}) applies to no"
-      f" parameter, or earlier rules take all of its own; the model has"
+      f"policy {name}: rule {min(unused) + 1} (path {rule.path!r}) applies to"
+      " no parameter, or earlier rules take all of its own; the model has"
       f" {', '.join(paths)}."
     )
   return codecs.per_leaf(name, params, leaves)
@@ -251,6 +281,8 @@ CODECS: dict[str, tuple[str, Callable[..., Codec]]] = {
   **{name: (what, _uniform(name)) for name, (what, _) in LEAF_CODECS.items()},
   "paper": ("layers take turns between precisions and modes", paper),
   "mixed_random": ("a random precision and mode a leaf", mixed_random),
+  "budget": ("least error in so many bytes", budget.budget),
+  "guarded": ("least predicted leakage in so many bytes", budget.guarded),
 }
 
 
@@ -288,6 +320,66 @@ def make(name: str, params: Params, **options: Any) -> Codec:
   if not isinstance(feedback, bool):
     raise UserError(f"error_feedback={feedback!r}: expected true or false.")
   return codecs.error_feedback(codec) if feedback else codec
+
+
+def table(
+  codec: Codec, update: Update, key: Key, state: PyTree | None = None
+) -> str:
+  """What a codec does to an update, a line a leaf.
+
+  Args:
+    codec: the codec.
+    update: the update to send.
+    key: for rounding and random choices.
+    state: of the client; None for a new one.
+
+  Returns:
+    A table of layer, parameters, rule, bits a parameter, bytes and
+    signal-to-noise ratio in dB, with a line for the whole message.
+  """
+  if state is None:
+    state = codec.init(update)
+  payload, _ = jax.jit(codec.encode)(key, update, state)
+  decoded = jax.jit(codec.decode)(payload)
+  header = ("layer", "parameters", "rule", "bits", "bytes", "SNR dB")
+  rows = []
+  signal = noise = 0.0
+  for record, sent, got in zip(
+    codec.records(payload),
+    jax.tree.leaves(update),
+    jax.tree.leaves(decoded),
+    strict=True,
+  ):
+    x = np.asarray(sent, np.float64)
+    lost = float(((x - np.asarray(got)) ** 2).sum())
+    energy = float((x**2).sum())
+    signal, noise = signal + energy, noise + lost
+    rows.append(
+      (record.path, x.size, record.rule, record.num_bytes, energy, lost)
+    )
+  total = len(codec.pack(payload))
+  rows.append(("message", trees.size(update), "", total, signal, noise))
+  lines = [header]
+  for path, count, rule, size, energy, lost in rows:
+    bits = 8 * size / count if count else 0.0
+    lines.append(
+      (path, f"{count:,}", rule, f"{bits:.2f}", f"{size:,}", _db(energy, lost))
+    )
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  left = (0, 2)
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if i in left else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  )
+
+
+def _db(energy: float, lost: float) -> str:
+  if lost == 0:
+    return "exact"
+  return f"{10 * np.log10(energy / lost):.1f}" if energy > 0 else "-"
 
 
 def read_policy(path: pathlib.Path) -> tuple[str, list[QuantRule]]:

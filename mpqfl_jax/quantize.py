@@ -166,14 +166,27 @@ FLOAT_FORMATS = {
 }
 
 
-def float_step(x: Array, fmt: FloatFormat) -> Array:
-  """Distance of the format's numbers around `x`, float32, at least 2^-126."""
+def float_step(x: Array, fmt: FloatFormat) -> tuple[Array, Array]:
+  """Distance of the format's numbers around `x`, and its reciprocal.
+
+  Args:
+    x: float32 values.
+    fmt: the format.
+
+  Returns:
+    Two powers of two like `x`, float32, the first at least 2^-126.
+  """
   pattern = jax.lax.bitcast_convert_type(jnp.float32(x), jnp.int32)
   exponent = ((pattern >> 23) & 0xFF) - 127
   # The floor matters to bfloat16 alone, whose smallest steps are subnormal.
   low = max(fmt.min_exponent, fmt.mantissa - 126)
-  biased = jnp.maximum(exponent, low) - fmt.mantissa + 127
-  return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
+  power = jnp.maximum(exponent, low) - fmt.mantissa
+  return power_of_two(power), power_of_two(-power)
+
+
+def power_of_two(exponent: Array) -> Array:
+  """2^exponent as float32, for int32 exponents from -126 to 127."""
+  return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def to_format(
@@ -191,7 +204,9 @@ def to_format(
     Values of the format's dtype, finite.
   """
   if uniform is not None:
-    step = float_step(x, fmt)
-    x = round_to_integer(x / step, uniform) * step
+    step, reciprocal = float_step(x, fmt)
+    # A product: of two divisions in a row, the second here and the caller's,
+    # the compiler makes one by a product that may underflow.
+    x = round_to_integer(x * reciprocal, uniform) * step
   x = jnp.clip(x, -fmt.largest, fmt.largest)
   return x.astype(fmt.dtype)

@@ -57,7 +57,7 @@ def magnitude_threshold(x: Array, k: int) -> Array:
   return jax.lax.while_loop(unfinished, halve, start)[0]
 
 
-def index_bytes(count: Array, entries: int) -> tuple[Array, Array]:
+def index_bytes(count: Array | int, entries: int) -> tuple[Array, Array]:
   """How `count` of `entries` indices are coded, and in how many bytes.
 
   Args:
@@ -226,6 +226,7 @@ def largest(
     pack=pack,
     unpack=unpack,
     bins=bins,
+    rule=lambda payload: name,
   )
 
 
@@ -251,6 +252,7 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   entries = math.prod(shape)
   if entries == 0:
     return codecs.empty(shape)
+  name = f"randomk ratio={ratio:g}"
   # In 24 bits, which float32 holds exactly.
   limit = np.float32(round(ratio * 2**24) / 2**24)
   factor = np.float32(1) / limit
@@ -291,7 +293,7 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     return {"seed": seed, "values": values}
 
   return codecs.LeafCodec(
-    name=f"randomk ratio={ratio:g}",
+    name=name,
     stochastic=False,
     init=lambda: (),
     encode=encode,
@@ -301,4 +303,5 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     pack=pack,
     unpack=unpack,
     bins=bins,
+    rule=lambda payload: name,
   )

@@ -150,6 +150,20 @@ class Bins(NamedTuple):
   stochastic: PyTree
 
 
+class LeafRecord(NamedTuple):
+  """How one leaf of an update was sent.
+
+  Attributes:
+    path: the leaf's name, such as `conv1/kernel`.
+    rule: precision, mode and so on, in words.
+    num_bytes: length of its record on the wire, bytes.
+  """
+
+  path: str
+  rule: str
+  num_bytes: int
+
+
 class Codec(NamedTuple):
   """The last stage at a client, and its inverse at the server.
 
@@ -164,6 +178,8 @@ class Codec(NamedTuple):
     unpack: bytes -> payload, on the host; raises `wire.WireError`, and nothing
       else, on any input that `pack` cannot have produced.
     bins: payload -> Bins.
+    records: payload -> how each leaf was sent, in the order of
+      `jax.tree.leaves`; on the host.
   """
 
   init: Callable[[Params], PyTree]
@@ -173,6 +189,7 @@ class Codec(NamedTuple):
   pack: Callable[[Payload], bytes]
   unpack: Callable[[bytes], Payload]
   bins: Callable[[Payload], Bins]
+  records: Callable[[Payload], list[LeafRecord]]
 
 
 class Observation(NamedTuple):

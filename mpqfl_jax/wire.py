@@ -26,6 +26,9 @@ class WireError(Exception):
   """A message that no encoder of this model and policy can have written."""
 
 
+Chunk = bytes | memoryview
+
+
 class Field(NamedTuple):
   """A run of numbers in a record whose length the template fixes.
 
@@ -82,9 +85,9 @@ class Reader:
       )
 
 
-def write_fields(fields: Sequence[Field], payload: dict) -> list[bytes]:
+def write_fields(fields: Sequence[Field], payload: dict) -> list[Chunk]:
   """The fields' arrays as little-endian bytes, in order."""
-  chunks = []
+  chunks: list[Chunk] = []
   for field in fields:
     array = np.asarray(payload[field.name])
     if array.shape != field.shape or array.dtype != field.dtype:
@@ -115,7 +118,7 @@ def fingerprint(text: str) -> int:
   return zlib.crc32(text.encode())
 
 
-def seal(print_: int, records: Sequence[bytes]) -> bytes:
+def seal(print_: int, records: Sequence[Chunk]) -> bytes:
   """Frames records into a message."""
   body = b"".join([HEADER.pack(MAGIC, VERSION, print_), *records])
   return body + CHECKSUM.pack(zlib.crc32(body))
@@ -135,10 +138,8 @@ def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
   Raises:
     WireError: the frame is not one that `seal` writes for this template.
   """
-  if not OVERHEAD <= len(message) <= max_bytes:
-    raise WireError(
-      f"message of {len(message)} bytes, expected {OVERHEAD} to {max_bytes}"
-    )
+  if len(message) < OVERHEAD:
+    raise WireError(f"message of {len(message)} bytes, shorter than its frame")
   view = memoryview(message)
   magic, version, found = HEADER.unpack_from(view)
   if magic != MAGIC:
@@ -149,6 +150,8 @@ def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
     raise WireError(
       f"fingerprint {found:08x} of model and policy, expected {print_:08x}"
     )
+  if len(message) > max_bytes:
+    raise WireError(f"message of {len(message)} bytes, at most {max_bytes}")
   body = view[: -CHECKSUM.size]
   (checksum,) = CHECKSUM.unpack_from(view, len(body))
   if zlib.crc32(body) != checksum:

@@ -1,0 +1,327 @@
+"""Precision and mode of every leaf, chosen by what they cost.
+
+Both policies tabulate, for this very update, the bytes and the squared error of
+every leaf in every option, and pick one option a leaf. `budget` minimises the
+error under a bound on the bytes. Clients' errors add up (weighted) in the
+aggregated update, so that each client's own minimum is the minimum of the sum.
+`guarded` minimises predicted leakage under bounds on bytes and error.
+
+Picking is a multiple-choice knapsack. Lagrange multipliers price the bounds:
+for given prices every leaf's best option is independent of the others'
+(Everett, "Generalized Lagrange Multiplier Method", 1963), and the priced
+minimum less the price of the bounds is a lower bound of the optimum, which
+proves the gap. What is left of the budget is then spent leaf by leaf.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import choice, codecs, counter, numerics, quantize, wire
+from mpqfl_jax.types import Array, Codec, Params
+
+OPTIONS = (
+  choice.Option("none"),
+  *(
+    choice.Option(f"int{bits}", mode)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for mode in numerics.MODES
+  ),
+  choice.Option("float16"),
+)
+
+# (energy[leaves], error[leaves, options]) -> predicted leakage, added up over
+# leaves: the squared norm of each leaf and the squared error of each option.
+Leakage = Callable[[Array, Array], Array]
+
+_STEPS = 48
+_OUTER_STEPS = 32
+
+
+class Allocation(NamedTuple):
+  """A choice, and how good it provably is.
+
+  Attributes:
+    picked: [leaves] int32, option of each leaf.
+    value: [] float32, the objective.
+    bound: [] float32, no choice within the bounds has a lower objective.
+  """
+
+  picked: Array
+  value: Array
+  bound: Array
+
+
+def cheapest(value: Array, cost: Array, budget: Array | int) -> Allocation:
+  """Minimises the sum of `value` with the sum of `cost` at most `budget`.
+
+  Args:
+    value: [leaves, options] float32, not negative.
+    cost: [leaves, options] int32; some choice must fit the budget.
+    budget: [] int32.
+
+  Returns:
+    The allocation, within the budget.
+  """
+  # A price of 2^20 times the largest value makes any saving pay, one of 2^-80
+  # times it none.
+  unit = jnp.maximum(jnp.max(value), 1e-30)
+
+  def priced(power):
+    price = jnp.exp2(power) * unit
+    total = value + price * cost
+    index = jnp.argmin(total, 1)
+    dual = jnp.sum(jnp.min(total, 1)) - price * budget
+    return index, dual
+
+  def halve(_, bracket):
+    low, high, bound = bracket
+    middle = (low + high) / 2
+    index, dual = priced(middle)
+    fits = _total(cost, index) <= budget
+    return (
+      jnp.where(fits, low, middle),
+      jnp.where(fits, middle, high),
+      jnp.maximum(bound, dual),
+    )
+
+  free = jnp.sum(jnp.min(value, 1))
+  start = (jnp.float32(-80), jnp.float32(20), free)
+  _, high, bound = jax.lax.fori_loop(0, _STEPS, halve, start)
+  index, _ = priced(high)
+  # Where ties keep even the highest price from fitting, the cheapest does.
+  index = jnp.where(_total(cost, index) <= budget, index, jnp.argmin(cost, 1))
+  index = _improve(index, value, [(cost, budget)])
+  return Allocation(index.astype(jnp.int32), _total(value, index), bound)
+
+
+def least_leakage(
+  leakage: Array,
+  cost: Array,
+  budget: Array | int,
+  error: Array,
+  max_error: Array | float,
+) -> Allocation:
+  """Minimises the sum of `leakage` under bounds on cost and on error.
+
+  Args:
+    leakage: [leaves, options] float32, not negative.
+    cost: [leaves, options] int32.
+    budget: [] int32.
+    error: [leaves, options] float32, not negative.
+    max_error: [] float32.
+
+  Returns:
+    The allocation. It always fits the budget; where no choice that does keeps
+    the error bound, it is the one of least error (and the bound is infinite).
+  """
+  unit = jnp.max(leakage) / jnp.maximum(jnp.max(error), 1e-30)
+
+  def halve(_, bracket):
+    low, high, bound, best = bracket
+    middle = (low + high) / 2
+    price = jnp.exp2(middle) * unit
+    found = cheapest(leakage + price * error, cost, budget)
+    fits = _total(error, found.picked) <= max_error
+    return (
+      jnp.where(fits, low, middle),
+      jnp.where(fits, middle, high),
+      jnp.maximum(bound, found.bound - price * max_error),
+      jnp.where(fits, found.picked, best),
+    )
+
+  finest = cheapest(error, cost, budget)
+  start = (jnp.float32(-40), jnp.float32(40), jnp.float32(0), finest.picked)
+  _, _, bound, index = jax.lax.fori_loop(0, _OUTER_STEPS, halve, start)
+  bounds = [(cost, budget), (error, max_error)]
+  index = _improve(index, leakage, bounds)
+  feasible = _total(error, index) <= max_error
+  index = jnp.where(feasible, index, finest.picked)
+  return Allocation(
+    index.astype(jnp.int32),
+    _total(leakage, index),
+    jnp.where(feasible, bound, jnp.inf),
+  )
+
+
+def snr_leakage(energy: Array, error: Array) -> Array:
+  """Predicted leakage of a leaf: its signal-to-noise ratio.
+
+  In a linearised model of the attack, the precision with which the image is
+  known is the sum over layers of J' J / variance, for a Jacobian J about as
+  large as the layer's gradient: ratios, not decibels, add up, and one layer
+  that is sent finely decides the sum.
+
+  Args:
+    energy: [leaves] float32, squared norm of each leaf.
+    error: [leaves, options] float32, squared error of each option.
+
+  Returns:
+    [leaves, options] float32, 0 for what is withheld.
+  """
+  lost = jnp.maximum(error, 1e-12 * energy[:, None])
+  ratio = energy[:, None] / jnp.maximum(lost, 1e-37) - 1
+  return jnp.maximum(ratio, 0)
+
+
+def expected_errors(menu: choice.Menu, x: Array, stochastic: bool) -> Array:
+  """Expected squared error of a leaf in each option, [options] float32.
+
+  Args:
+    menu: the options.
+    x: the leaf, finite.
+    stochastic: whether it is rounded at random.
+
+  Returns:
+    Sums over entries: of the squared rounding error, or of its expectation
+    scale^2 f (1 - f) with f the fraction between two grid points.
+  """
+  x = x.reshape(-1)
+  extremes = jnp.stack([jnp.min(x), jnp.max(x)])
+  errors = []
+  for kind, low, levels in zip(menu.kind, menu.low, menu.levels, strict=True):
+    if kind == choice.WITHHELD:
+      errors.append(jnp.sum(x * x))
+      continue
+    if kind == choice.FLOAT:
+      half = quantize.FLOAT_FORMATS["float16"]
+      step, reciprocal = quantize.float_step(x, half)
+      scaled = x * reciprocal
+    else:
+      high = float(low + levels - 1)
+      if kind == choice.AFFINE:
+        grid = quantize.affine_grid(extremes, None, float(low), high)
+      else:
+        grid = quantize.symmetric_grid(extremes, None, high)
+      step = grid.scale
+      scaled = x / step
+    fraction = scaled - jnp.floor(scaled)
+    if stochastic:
+      share = fraction * (1 - fraction)
+    else:
+      share = jnp.minimum(fraction, 1 - fraction) ** 2
+    errors.append(jnp.sum(share * step * step))
+  return jnp.stack(errors)
+
+
+def budget(params: Params, bytes: int, rounding: str = "nearest") -> Codec:
+  """Least squared error of the update in so many bytes a client.
+
+  Args:
+    params: parameters, or their shapes.
+    bytes: the longest message, everything included.
+    rounding: `nearest` or `stochastic`.
+
+  Returns:
+    The codec.
+
+  Raises:
+    UserError: not even an empty update fits into the bytes.
+  """
+
+  def choose(energy, error, cost, limit):
+    return cheapest(error, cost, limit)
+
+  return _allocated("budget", params, bytes, rounding, choose)
+
+
+def guarded(
+  params: Params,
+  bytes: int,
+  max_error: float = 0.1,
+  rounding: str = "nearest",
+  leakage: Leakage = snr_leakage,
+) -> Codec:
+  """Least predicted leakage in so many bytes at so much error.
+
+  Args:
+    params: parameters, or their shapes.
+    bytes: the longest message, everything included.
+    max_error: bound of the squared error over the update's squared norm. It is
+      given up where the bytes do not allow it.
+    rounding: `nearest` or `stochastic`.
+    leakage: predicts the leakage of every leaf in every option.
+
+  Returns:
+    The codec.
+
+  Raises:
+    UserError: not even an empty update fits into the bytes.
+  """
+  numerics.require_share("max_error", max_error)
+
+  def choose(energy, error, cost, limit):
+    allowed = max_error * jnp.sum(energy)
+    return least_leakage(leakage(energy, error), cost, limit, error, allowed)
+
+  name = f"guarded max_error={max_error:g}"
+  return _allocated(name, params, bytes, rounding, choose)
+
+
+def _allocated(
+  name: str,
+  params: Params,
+  bytes: int,
+  rounding: str,
+  choose: Callable[[Array, Array, Array, int], Allocation],
+) -> Codec:
+  menu = choice.menu(OPTIONS)
+  shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
+  leaves = [choice.leaf(shape, menu, rounding) for shape in shapes]
+  full = [i for i, shape in enumerate(shapes) if 0 not in shape]
+  cost = np.array(
+    [choice.record_bytes(menu, math.prod(shapes[i])) for i in full]
+  )
+  fixed = wire.OVERHEAD + len(shapes) - len(full)
+  least = fixed + int(cost.min(1).sum())
+  numerics.require_range("bytes", bytes, least, 2**31 - 1)
+  stochastic = rounding == "stochastic"
+  base = codecs.per_leaf(name, params, leaves)
+
+  def encode(key, update, state):
+    arrays = [quantize.finite(x) for x in jax.tree.leaves(update)]
+    # Relative to the largest entry: squares stay within float32.
+    peaks = [jnp.max(jnp.abs(arrays[i])) for i in full]
+    peak = jnp.maximum(jnp.max(jnp.stack(peaks)), quantize.SMALLEST)
+    error = jnp.stack(
+      [expected_errors(menu, arrays[i] / peak, stochastic) for i in full]
+    )
+    energy = jnp.stack([jnp.sum((arrays[i] / peak) ** 2) for i in full])
+    picked = choose(energy, error, jnp.asarray(cost), bytes - fixed).picked
+    seeds = counter.seeds(key, len(leaves))
+    payload: list[dict] = [{} for _ in leaves]
+    for i, option in zip(full, picked, strict=True):
+      payload[i] = choice.encode_as(
+        menu, option, seeds[i], arrays[i], stochastic
+      )
+    return tuple(payload), state
+
+  return base._replace(encode=encode)
+
+
+def _total(table: Array, index: Array) -> Array:
+  return jnp.sum(jnp.take_along_axis(table, index[:, None], 1))
+
+
+def _improve(
+  index: Array, value: Array, bounds: list[tuple[Array, Array | float]]
+) -> Array:
+  """Takes the best change of one leaf within the bounds, until none helps."""
+
+  def step(state):
+    index, _ = state
+    at = index[:, None]
+    gain = jnp.take_along_axis(value, at, 1) - value
+    for cost, budget in bounds:
+      slack = budget - _total(cost, index)
+      extra = cost - jnp.take_along_axis(cost, at, 1)
+      gain = jnp.where(extra <= slack, gain, 0)
+    leaf, option = jnp.unravel_index(jnp.argmax(gain), gain.shape)
+    helps = gain[leaf, option] > 0
+    return jnp.where(helps, index.at[leaf].set(option), index), helps
+
+  return jax.lax.while_loop(lambda s: s[1], step, (index, jnp.bool_(True)))[0]

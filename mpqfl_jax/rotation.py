@@ -1,0 +1,126 @@
+"""Randomised Hadamard rotation in front of a quantiser.
+
+A rotation spreads every entry over its whole block: the largest magnitude
+shrinks towards sqrt(2 log d) deviations whatever the update looks like, so
+that uniform grids and signs waste less. The server rotates back. Each entry of
+the update then depends on all codes of its block, and none is bounded by them.
+"""
+
+from collections.abc import Callable
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import codecs, counter, quantize, wire
+from mpqfl_jax.types import Array
+
+TAG = 0x0D
+BLOCK = 4096
+# Keeps sums over a block finite in both directions.
+_LARGEST = np.float32(2.0**64)
+_FACTOR = 64
+_SEED = wire.Field("rotation", np.dtype(np.uint32), (2,), lambda seed: True)
+
+
+def hadamard(x: Array) -> Array:
+  """Applies the orthonormal Hadamard matrix to the last axis.
+
+  Args:
+    x: [..., d] float32, d a power of two.
+
+  Returns:
+    [..., d] float32. The matrix is symmetric, so that this is its own inverse.
+  """
+  size = x.shape[-1]
+  if size == 1:
+    return x
+  # A product of small dense matrices: matrix units and caches like it better
+  # than log2(d) butterfly passes.
+  factor = min(size, _FACTOR)
+  matrix = np.ones((1, 1), np.float32)
+  while matrix.shape[0] < factor:
+    matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+  matrix /= np.float32(math.sqrt(factor))
+  split = x.reshape(*x.shape[:-1], size // factor, factor)
+  split = jnp.matmul(split, matrix, precision=jax.lax.Precision.HIGHEST)
+  across = hadamard(jnp.swapaxes(split, -1, -2))
+  return jnp.swapaxes(across, -1, -2).reshape(x.shape)
+
+
+def signs(seed: Array, shape: tuple[int, ...]) -> Array:
+  """Random signs, float32 ±1."""
+  top = (counter.bits(seed, shape) >> 31).astype(jnp.int32)
+  return (1 - 2 * top).astype(jnp.float32)
+
+
+def rotated(
+  shape: codecs.Shape,
+  inner_of: Callable[[codecs.Shape, int], codecs.LeafCodec],
+) -> codecs.LeafCodec:
+  """The codec that rotates blocks of a leaf and sends them by another codec.
+
+  Args:
+    shape: the leaf's.
+    inner_of: (shape, block) -> the codec of the rotated entries. Blocks have
+      4096 entries, or the next power of two of a smaller leaf; zeros fill the
+      last one.
+
+  Returns:
+    The leaf's codec.
+  """
+  entries = math.prod(shape)
+  if entries == 0:
+    return codecs.empty(shape)
+  block = min(BLOCK, 1 << (entries - 1).bit_length())
+  rows = -(-entries // block)
+  inner = inner_of((rows * block,), block)
+
+  def encode(seed, x, state):
+    # A stream of its own: the inner codec rounds by the same seed.
+    rotation = counter.bits(seed ^ jnp.uint32(0x5BD1E995), (2,))
+    x = jnp.clip(quantize.finite(x), -_LARGEST, _LARGEST).reshape(-1)
+    y = jnp.pad(x, (0, rows * block - entries)).reshape(rows, block)
+    y = hadamard(y * signs(rotation, y.shape)).reshape(-1)
+    payload, state = inner.encode(seed, y, state)
+    return {"rotation": rotation, "inner": payload}, state
+
+  def decode(payload):
+    y = jnp.clip(inner.decode(payload["inner"]), -_LARGEST, _LARGEST)
+    y = hadamard(y.reshape(rows, block))
+    x = y * signs(payload["rotation"], y.shape)
+    return x.reshape(-1)[:entries].reshape(shape)
+
+  def bins(payload):
+    _, _, variance = inner.bins(payload["inner"])
+    # Rotating back spreads the error of a block evenly over its entries.
+    mean = jnp.mean(variance.reshape(rows, block), 1, keepdims=True)
+    variance = jnp.broadcast_to(mean, (rows, block))
+    variance = variance.reshape(-1)[:entries].reshape(shape)
+    far = jnp.full(shape, jnp.inf, jnp.float32)
+    return -far, far, variance
+
+  def unpack(reader):
+    wire.read_tag(reader, (TAG,))
+    payload = wire.read_fields([_SEED], reader)
+    return payload | {"inner": inner.unpack(reader)}
+
+  overhead = 1 + _SEED.num_bytes
+  return codecs.LeafCodec(
+    name=f"rotated {inner.name}",
+    stochastic=inner.stochastic,
+    init=inner.init,
+    encode=encode,
+    decode=decode,
+    num_bytes=lambda payload: overhead + inner.num_bytes(payload["inner"]),
+    max_bytes=overhead + inner.max_bytes,
+    pack=lambda payload: [
+      bytes([TAG]),
+      *wire.write_fields([_SEED], payload),
+      *inner.pack(payload["inner"]),
+    ],
+    unpack=unpack,
+    bins=bins,
+    rule=lambda payload: f"rotated {inner.rule(payload['inner'])}",
+  )
