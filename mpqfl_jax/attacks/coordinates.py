@@ -1,0 +1,149 @@
+"""The coordinates in which an attack searches for images.
+
+Natural images have far more power at low spatial frequencies, and in brightness
+than in colour. A search in coordinates where every unit is one standard
+deviation of an image needs several times fewer iterations than one in pixels,
+and ends at a likelier image where the update leaves a choice. The cosine
+transform of positions together with a rotation of the colours at each frequency
+is close to the principal components of images, costs two small matrix products,
+and can be fitted to few images without overfitting.
+"""
+
+from collections.abc import Callable
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpqfl_jax import errors
+from mpqfl_jax.types import Array, Model
+
+# Brightness, and two differences of colour (Ohta, Kanade and Sakai 1980).
+_OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], np.float32)
+# Deviation of a colour difference relative to that of brightness, roughly that
+# of photographs.
+_COLOUR = 0.35
+
+
+class Coordinates(NamedTuple):
+  """A linear map from coordinates to images.
+
+  Attributes:
+    shape: of one image's coordinates, (height, width, channels).
+    to_images: coordinates of any shape that flattens to whole images ->
+      [images, height, width, channels], not clipped to [0, 1].
+    from_images: its inverse, [images, height, width, channels] -> coordinates
+      of the same shape.
+  """
+
+  shape: tuple[int, int, int]
+  to_images: Callable[[Array], Array]
+  from_images: Callable[[Array], Array]
+
+
+def cosine_matrix(n: int) -> np.ndarray:
+  """The orthonormal DCT-II, [frequency, position] float32."""
+  positions = np.arange(n)
+  angle = np.pi / n * (positions[None] + 0.5) * positions[:, None]
+  matrix = math.sqrt(2 / n) * np.cos(angle)
+  matrix[0] /= math.sqrt(2)
+  return matrix.astype(np.float32)
+
+
+def _spectral(mean: np.ndarray, factor: np.ndarray) -> Coordinates:
+  """x = mean + inverse DCT of (z times a matrix over channels a frequency).
+
+  Args:
+    mean: broadcastable to [height, width, channels].
+    factor: [height, width, channels, channels]: row i is where coordinate i of
+      that frequency points.
+  """
+  height, width, channels, _ = factor.shape
+  rows, columns = cosine_matrix(height), cosine_matrix(width)
+  inverse = np.linalg.inv(factor.astype(np.float64)).astype(np.float32)
+  shape = (height, width, channels)
+
+  def to_images(z: Array) -> Array:
+    z = z.reshape(-1, *shape)
+    spectrum = sum(z[..., i, None] * factor[..., i, :] for i in range(channels))
+    half = jnp.einsum("fp,bfgc->bpgc", rows, spectrum)
+    return jnp.einsum("gq,bpgc->bpqc", columns, half) + mean
+
+  def from_images(x: Array) -> Array:
+    half = jnp.einsum("fp,bpqc->bfqc", rows, x - mean)
+    spectrum = jnp.einsum("gq,bfqc->bfgc", columns, half)
+    return jnp.einsum("bfgc,fgcd->bfgd", spectrum, inverse)
+
+  return Coordinates(shape, to_images, from_images)
+
+
+def natural(model: Model, exponent: float = 1.0) -> Coordinates:
+  """Coordinates for natural images in general: no images are needed.
+
+  The deviation at frequency f is proportional to (1 + f)^-exponent, about 1 for
+  photographs (Field 1987), and is scaled so that a standard normal point has
+  the pixel variance that the model normalises by.
+
+  Args:
+    model: gives shape, mean and deviation of the images.
+    exponent: fall of the deviation with frequency; 0 gives pixels.
+  """
+  height, width, channels = model.image_shape
+  frequency = np.hypot(np.arange(height)[:, None], np.arange(width))
+  deviation = (1.0 + frequency) ** -exponent
+  deviation /= np.sqrt(np.mean(deviation**2))
+  colours = np.eye(channels)
+  if channels == 3 and exponent:
+    colours = _OPPONENT / np.linalg.norm(_OPPONENT, axis=1, keepdims=True)
+    spread = np.array([1, _COLOUR, _COLOUR])
+    colours = colours * (spread / np.sqrt(np.mean(spread**2)))[:, None]
+  factor = deviation[..., None, None] * colours * model.std
+  return _spectral(
+    np.asarray(model.mean, np.float32), factor.astype(np.float32)
+  )
+
+
+def fitted(model: Model, auxiliary: np.ndarray) -> Coordinates:
+  """Coordinates in which images of the auxiliary set are about white.
+
+  The origin is their mean image. At each frequency the covariance over channels
+  is theirs; coefficients of different frequencies are taken as uncorrelated.
+
+  Args:
+    model: gives the shape of the images.
+    auxiliary: [images, height, width, channels] uint8.
+
+  Raises:
+    UserError: too few images, or of another shape or type.
+  """
+  expected = tuple(model.image_shape)
+  if auxiliary.dtype != np.uint8 or auxiliary.shape[1:] != expected:
+    raise errors.UserError(
+      f"auxiliary images have shape {auxiliary.shape} and type"
+      f" {auxiliary.dtype}; expected (images, *{expected}) of type uint8."
+    )
+  if len(auxiliary) < 100:
+    raise errors.UserError(
+      f"a prior needs at least 100 auxiliary images, not {len(auxiliary)}."
+    )
+  height, width, channels = expected
+  rows, columns = cosine_matrix(height), cosine_matrix(width)
+  total = np.zeros(expected)
+  for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000)):
+    total += part.astype(np.float32).sum(0)
+  mean = (total / len(auxiliary) / 255.0).astype(np.float32)
+  covariance = np.zeros((height, width, channels, channels))
+  for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000)):
+    x = part.astype(np.float32) / 255.0 - mean
+    spectrum = np.einsum("fp,bpqc->bfqc", rows, x, optimize=True)
+    spectrum = np.einsum("gq,bfqc->bfgc", columns, spectrum, optimize=True)
+    covariance += np.einsum(
+      "bfgc,bfgd->fgcd", spectrum, spectrum, optimize=True
+    )
+  covariance /= len(auxiliary)
+  # A pixel step of 1/255 is rounded in the data; below a tenth of its variance
+  # there is nothing to know.
+  covariance += np.eye(channels) * (0.1 * (1 / 255) ** 2 / 12)
+  factor = np.linalg.cholesky(covariance).swapaxes(-1, -2)
+  return _spectral(mean, factor.astype(np.float32))
