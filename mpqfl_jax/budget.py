@@ -194,7 +194,9 @@ def expected_errors(menu: choice.Menu, x: Array, stochastic: bool) -> Array:
     else:
       high = float(low + levels - 1)
       if kind == choice.AFFINE:
-        grid = quantize.affine_grid(extremes, None, float(low), high)
+        grid = quantize.affine_grid(
+          extremes, None, float(low), high, stochastic
+        )
       else:
         grid = quantize.symmetric_grid(extremes, None, high)
       step = grid.scale

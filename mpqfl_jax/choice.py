@@ -129,7 +129,7 @@ def encode_as(
   # Both grids depend on the extremes alone.
   extremes = jnp.stack([jnp.min(x), jnp.max(x)])
   symmetric = quantize.symmetric_grid(extremes, None, high)
-  affine = quantize.affine_grid(extremes, None, low, high)
+  affine = quantize.affine_grid(extremes, None, low, high, stochastic)
   is_affine = kind == AFFINE
   grid = quantize.Grid(
     jnp.where(is_affine, affine.scale, symmetric.scale),

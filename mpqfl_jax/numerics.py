@@ -100,7 +100,7 @@ def integer(
       fit=lambda y, axis, sizes: quantize.symmetric_grid(y, axis, high),
       power_of_two=power_of_two,
     )
-  require_range("bits", bits, 1, 16)
+  require_range("bits", bits, 1 if rounding == "nearest" else 2, 16)
   if power_of_two:
     raise UserError("power_of_two=True: expected mode='symmetric'.")
   low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -110,7 +110,9 @@ def integer(
     low=low,
     high=high,
     rounding=rounding,
-    fit=lambda y, axis, sizes: quantize.affine_grid(y, axis, low, high),
+    fit=lambda y, axis, sizes: quantize.affine_grid(
+      y, axis, low, high, roomy=rounding != "nearest"
+    ),
     affine=True,
   )
 
@@ -245,12 +247,7 @@ def _linear(
   def bins(codes, side, uniform):
     value = decode(codes, side, uniform)
     scale = grid_of(side).scale
-    reach: Array | float = 1.0 if rounding == "stochastic" else 0.5
-    ends = (codes == 0) | (codes == levels - 1)
-    if affine and rounding == "dither":
-      # The zero point's rounding and the draw together push entries at the ends
-      # of the range up to a whole step over it.
-      reach = jnp.where(ends, 1.0, reach)
+    reach = 1.0 if rounding == "stochastic" else 0.5
     half = reach * scale + (jnp.abs(value) + scale) * SLACK
     lower, upper = value - half, value + half
     if saturates:

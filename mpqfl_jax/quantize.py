@@ -70,7 +70,11 @@ def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
 
 
 def affine_grid(
-  x: Array, axis: int | None, low: Array | float, high: Array | float
+  x: Array,
+  axis: int | None,
+  low: Array | float,
+  high: Array | float,
+  roomy: bool = False,
 ) -> Grid:
   """The grid from the smallest to the largest value, zero included.
 
@@ -78,6 +82,9 @@ def affine_grid(
     x: values to quantise.
     axis: axis that shares a scale; None for all of `x`.
     low, high: smallest and largest code.
+    roomy: leave a step of the range unused. TFLite rounds the zero point, which
+      pushes entries at one end of the range out of it by up to half a step;
+      rounding to the nearest hides that, random rounding would be biased there.
 
   Returns:
     The grid; scale and zero point keep the reduced axes with length 1.
@@ -88,9 +95,11 @@ def affine_grid(
   """
   bottom = jnp.minimum(jnp.min(x, axis, keepdims=True), 0.0)
   top = jnp.maximum(jnp.max(x, axis, keepdims=True), 0.0)
-  scale = jnp.maximum((top - bottom) * (1 / (high - low)), SMALLEST)
-  zero_point = jnp.clip(jnp.round(low - bottom / scale), low, high)
-  return Grid(scale, zero_point, low, high)
+  steps = high - low - (1 if roomy else 0)
+  scale = jnp.maximum((top - bottom) * (1 / steps), SMALLEST)
+  exact = low - bottom / scale
+  zero_point = jnp.ceil(exact) if roomy else jnp.round(exact)
+  return Grid(scale, jnp.clip(zero_point, low, high), low, high)
 
 
 def quantize(x: Array, grid: Grid, uniform: Array | None = None) -> Array:
