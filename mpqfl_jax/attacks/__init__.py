@@ -7,8 +7,11 @@ found = attacks.run(attack, observations, jax.random.key(0))
 from collections.abc import Callable
 import inspect
 
+import numpy as np
+
 from mpqfl_jax import errors
 from mpqfl_jax.attacks import dlg, inverting_gradients
+from mpqfl_jax.attacks import map as map_attack
 from mpqfl_jax.attacks.core import Attack, simulate
 from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
 from mpqfl_jax.types import Model
@@ -31,11 +34,21 @@ ATTACKS: dict[str, tuple[Callable[..., Attack], str]] = {
     inverting_gradients.inverting_gradients,
     "cosine distance and total variation, Geiping et al. 2020",
   ),
+  "map": (
+    map_attack.maximum_a_posteriori,
+    "likelihood of the payload and image prior, as Balunovic et al. 2022",
+  ),
 }
 
 
 def make(
-  name: str, model: Model, *, steps: int = 1, batch: int = 1, **params
+  name: str,
+  model: Model,
+  *,
+  steps: int = 1,
+  batch: int = 1,
+  auxiliary: np.ndarray | None = None,
+  **params,
 ) -> Attack:
   """Builds an attack by name.
 
@@ -45,6 +58,9 @@ def make(
       form for its second derivatives.
     steps: local steps of the observed clients.
     batch: images in a step.
+    auxiliary: [images, height, width, channels] uint8, images of the training
+      split that are disjoint from the attacked ones; ignored by attacks that
+      have no use for them.
     **params: settings of the attack, by its constructor's keyword arguments.
 
   Raises:
@@ -58,7 +74,10 @@ def make(
     for p in inspect.signature(constructor).parameters.values()
     if p.kind is p.KEYWORD_ONLY
   ]
-  for param in params:
+  if "auxiliary" in known:
+    params["auxiliary"] = auxiliary
+    known.remove("auxiliary")
+  for param in params.keys() - {"auxiliary"}:
     if param not in known:
       raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
   return constructor(model, steps, batch, **params)
