@@ -19,10 +19,10 @@ quickstart: setup
 	  --flagfile=experiments/flags/quickstart.flags --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist=loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,9 +12,9 @@ import numpy as np
 
 from experiments import folder, setting
 from experiments.config import Config
-from mpqfl_jax import attacks, metrics, specs
+from mpqfl_jax import attacks, federated, local, metrics, specs
 from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Observation, Params
+from mpqfl_jax.types import Examples, Model, Observation, Params
 
 
 class Watched(NamedTuple):
@@ -65,22 +65,20 @@ def attack_all(
   model = setting.model(config, built.data, _attack_conv())
   summaries: dict[str, dict[str, Any]] = {}
   for spec in config.attack:
+    label = attack_label(config, spec)
     for knowledge in config.attack_knowledge:
       scores: dict[str, list[dict[str, Any]]] = {}
       for shape, group in _by_shape(watched):
-        name, options = specs.parse(spec)
-        attack = attacks.make(
-          name, model, steps=shape[0], batch=shape[1], **options
-        )
+        attack = make(spec, model, shape)
         for defense in built.defenses:
           mine = [w for w in group if w.defense.spec == defense.spec]
           if mine:
             lines = _attack(
-              config, built, attack, spec, knowledge, mine, run_dir
+              config, built, attack, label, knowledge, mine, run_dir
             )
             scores.setdefault(defense.spec, []).extend(lines)
       for defense_spec, lines in scores.items():
-        entry = summaries.setdefault(defense_spec, {}).setdefault(spec, {})
+        entry = summaries.setdefault(defense_spec, {}).setdefault(label, {})
         entry[knowledge] = metrics.summarize(
           np.array([line["psnr_db"] for line in lines]),
           np.array([line["ssim"] for line in lines]),
@@ -98,6 +96,45 @@ def attack_all(
       setting.rng(config, setting.NOISE_IMAGES),
     )
   return summaries, references
+
+
+def visited(
+  schedule: local.Schedule,
+  examples: Examples,
+  round_key,
+  client: int,
+  offset: int,
+  size: int,
+  shape: tuple[int, int],
+) -> np.ndarray:
+  """Rows of the training set that a client's update is made of, in order."""
+  batches = federated.client_keys(round_key, client)[0]
+  # A gradient over all of the client's data is one step of many batches.
+  rows, mask = schedule.rows(
+    batches,
+    jnp.int32(offset),
+    jnp.int32(size),
+    examples.order,
+    -(-shape[0] * shape[1] // schedule.batch_size),
+  )
+  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
+
+
+def make(spec: str, model: Model, shape: tuple[int, int]) -> attacks.Attack:
+  """The attack that a flag names, for updates of one shape.
+
+  Raises:
+    UserError: no such attack, or settings that it does not take.
+  """
+  name, options = specs.parse(spec)
+  return attacks.make(name, model, steps=shape[0], batch=shape[1], **options)
+
+
+def attack_label(config: Config, spec: str) -> str:
+  """An attack's name in result files: short where that tells them apart."""
+  name = specs.parse(spec)[0]
+  same = [s for s in config.attack if specs.parse(s)[0] == name]
+  return name if len(same) == 1 else spec
 
 
 def _attack_conv() -> str:
@@ -132,7 +169,7 @@ def _attack(
   config: Config,
   built: setting.Setting,
   attack: attacks.Attack,
-  spec: str,
+  label: str,
   knowledge: str,
   watched: Sequence[Watched],
   run_dir: pathlib.Path,
@@ -145,13 +182,18 @@ def _attack(
   batch = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
   restarts = config.attack_restarts or attack.restarts
   found = attacks.run(
-    attack, batch, setting.key(config, setting.ATTACKS), restarts=restarts
+    attack,
+    batch,
+    setting.key(config, setting.ATTACKS),
+    restarts=restarts,
+    devices=list(built.mesh.devices.flat),
   )
-  lines, kept = [], {}
+  lines: list[dict[str, Any]] = []
+  kept: dict[int, list[tuple]] = {}
   pool = np.asarray(built.data.x_train[: metrics.MAX_CANDIDATES]) / 255.0
   for i, (w, (x, y)) in enumerate(zip(watched, truths, strict=True)):
     order = metrics.match(x, found.x[i])
-    image, label = found.x[i][order], found.labels[i][order]
+    image, guess = found.x[i][order], found.labels[i][order]
     scores = {
       "mse": metrics.mse(x, image),
       "psnr_db": metrics.psnr_db(x, image),
@@ -161,7 +203,7 @@ def _attack(
     for j, row in enumerate(w.rows):
       line = {
         "defense": w.defense.spec,
-        "attack": spec,
+        "attack": label,
         "knowledge": knowledge,
         "dataset": config.dataset,
         "model": config.model,
@@ -177,19 +219,19 @@ def _attack(
         "objective": folder.number(found.objective[i]),
         "seconds": found.seconds / sum(len(v.rows) for v in watched),
         **{name: folder.number(value[j]) for name, value in scores.items()},
-        "label_correct": bool(label[j] == y[j]),
+        "label_correct": bool(guess[j] == y[j]),
         "reidentified": bool(again[j]),
       }
       folder.append_line(run_dir / "attacks.jsonl", line)
       lines.append(line)
-    kept.setdefault(w.round, []).append((x, image, y, label, w))
+    kept.setdefault(w.round, []).append((x, image, y, guess, w))
   for round_number, parts in kept.items():
-    _keep(run_dir, spec, knowledge, round_number, parts)
+    _keep(run_dir, label, knowledge, round_number, parts)
   return lines
 
 
-def _keep(run_dir, spec, knowledge, round_number, parts) -> None:
-  x, image, y, label = (
+def _keep(run_dir, label, knowledge, round_number, parts) -> None:
+  x, image, y, guess = (
     np.concatenate([part[i] for part in parts]) for i in range(4)
   )
   clients = np.concatenate([[w.client] * len(w.rows) for *_, w in parts])
@@ -197,19 +239,19 @@ def _keep(run_dir, spec, knowledge, round_number, parts) -> None:
   buffer = io.BytesIO()
   np.savez_compressed(
     buffer,
-    attack=spec,
+    attack=label,
     knowledge=knowledge,
     defense=defense,
     round=round_number,
     original=x,
     reconstruction=image,
     label=y,
-    recovered_label=label,
+    recovered_label=guess,
     client=clients,
   )
   batch = "x".join(str(n) for n in parts[0][-1].shape)
   name = "_".join(
-    (_slug(spec), knowledge, _slug(defense), f"round{round_number}", batch)
+    (_slug(label), knowledge, _slug(defense), f"round{round_number}", batch)
   )
   folder.write_atomically(
     run_dir / "reconstructions" / f"{name}.npz", buffer.getvalue()

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import adversary, folder, setting, summary
 from experiments.config import Config, images
-from mpqfl_jax import errors, federated
+from mpqfl_jax import federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples
 
@@ -27,9 +27,6 @@ def run(
 
   Returns:
     What `summary.json` holds.
-
-  Raises:
-    UserError: an image that the split does not have.
   """
   begin = time.perf_counter()
   params = built.model.init(setting.key(config, setting.WEIGHTS))
@@ -54,21 +51,6 @@ def run(
   for spec, entry in entries.items():
     entry["attacks"] = found.get(spec, {})
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
-
-
-def check(config: Config, built: setting.Setting) -> None:
-  """Refuses images that the split does not have.
-
-  Raises:
-    UserError: as said.
-  """
-  split, rows = images(config.attack_images)
-  have = len(built.data.y_train if split == "train" else built.data.y_test)
-  if rows.stop > have:
-    raise errors.UserError(
-      f"--attack_images={config.attack_images}, but the {split} split of"
-      f" {config.dataset} has {have} images. Expected rows 0 to {have - 1}."
-    )
 
 
 def _updates(
@@ -98,16 +80,12 @@ def _updates(
     offset = int(built.clients.offsets[client])
     size = int(built.clients.sizes[client])
     shape = setting.update_shape(config, built.schedule, size)
-    if shape is None:
-      raise errors.UserError(
-        f"--local_epochs={config.local_epochs} shows an image in more than one"
-        " step, which the attacks do not model. Expected --local_epochs=1."
-      )
+    assert shape is not None  # setting.build made whole updates
     who = Cohort(jnp.int32(client), jnp.int32(offset), jnp.int32(size))
     out = turn(params, examples, who, state, key)
-    from experiments.train import visited
-
-    rows = visited(built.schedule, examples, key, client, offset, size, shape)
+    rows = adversary.visited(
+      built.schedule, examples, key, client, offset, size, shape
+    )
     kept.append(
       adversary.Watched(
         defense=defense,

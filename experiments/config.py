@@ -1,6 +1,7 @@
 """Flags, and the one frozen config that they become."""
 
 import dataclasses
+import pathlib
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ from absl import flags
 from mpqfl_jax import attacks as attacks_lib
 from mpqfl_jax import datasets, errors, federated, models, partition, specs
 
+FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
 TASKS = ("train", "attack")
 ALGORITHMS = ("fed_avg", "fed_sgd")
 KNOWLEDGE = ("blind", "adaptive")

@@ -1,53 +1,66 @@
 """python -m experiments.main --flagfile=experiments/flags/NAME.flags"""
 
 import dataclasses
+import logging
 import os
 import sys
 
 from absl import app, flags
 import jax
 
-from experiments import config as config_lib
+from experiments import adversary, attack, config, folder, setting, train
 from mpqfl_jax import errors
+from mpqfl_jax.report import html, tables
+
+_TASKS = {"train": train.run, "attack": attack.run}
 
 
 def main(argv: list[str]) -> int:
-  """Runs one task. Returns the exit status: 2 for a user's mistake."""
+  """Runs the task that the flags ask for.
+
+  Returns:
+    The exit status: 2 for a user's mistake, 130 after an interrupt.
+  """
+  logging.getLogger("jax").setLevel(logging.WARNING)
+  # Before JAX looks for its devices: on a CPU, one device a core.
+  jax.config.update(
+    "jax_num_cpu_devices", flags.FLAGS.devices or os.cpu_count()
+  )
+  return execute(argv)
+
+
+def execute(argv: list[str]) -> int:
+  """Runs the task on the devices that JAX has; see `main`."""
   try:
     if len(argv) > 1:
       raise errors.UserError(
         f"unexpected argument {argv[1]!r}. Expected flags only, such as"
         " --dataset=mnist_sample."
       )
-    config = config_lib.from_flags(flags.FLAGS)
-    _run(config)
+    run(config.from_flags(flags.FLAGS))
   except errors.UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(
-      f"interrupted; every finished round is in {config.output_dir}",
+      "interrupted: every finished round and reconstruction is in"
+      f" {flags.FLAGS.output_dir}",
       file=sys.stderr,
     )
     return 130
   return 0
 
 
-def _run(config: config_lib.Config) -> None:
-  # Before JAX looks for its devices: on a CPU, one device a core.
-  jax.config.update("jax_num_cpu_devices", config.devices or os.cpu_count())
-
-  from experiments import attack, folder, setting, train
-  from mpqfl_jax.report import html, tables
-
-  built = setting.build(config)
-  if config.task == "attack":
-    attack.check(config, built)
-  run_dir = folder.create(config.output_dir, config.overwrite)
+def run(values: config.Config) -> None:
+  """Builds everything, makes the run's folder, runs, reports."""
+  built = setting.build(values)
+  for spec in values.attack:
+    adversary.make(spec, built.model, (1, 1))
+  run_dir = folder.create(values.output_dir, values.overwrite)
   folder.write_json(
     run_dir / "config.json",
     {
-      **dataclasses.asdict(config),
+      **dataclasses.asdict(values),
       "plan_resolved": built.plan._asdict(),
       "dataset_source": built.data.source,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(built.template)),
@@ -55,22 +68,25 @@ def _run(config: config_lib.Config) -> None:
       **folder.environment(),
     },
   )
-  task = {"train": train.run, "attack": attack.run}[config.task]
-  summary = task(config, built, run_dir)
+  summary = _TASKS[values.task](values, built, run_dir)
   folder.write_json(run_dir / "summary.json", summary)
   page = html.write(run_dir)
-  print(tables.markdown(summary))
-  print(f"\nThe report is {page}")
+  print(f"{tables.markdown(summary)}\nThe report is {page}")
 
 
 def _parse(argv: list[str]) -> list[str]:
   """absl's parser, with its errors as one line and status 2."""
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except flags.Error as e:
-    print(f"error: {e}. Try --helpshort.", file=sys.stderr)
+    text = " ".join(str(e).split())
+    print(f"error: {text} --helpshort lists the flags.", file=sys.stderr)
     sys.exit(2)
 
 
-if __name__ == "__main__":
+def _main() -> None:
   app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+  _main()

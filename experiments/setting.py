@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.config import Config
+from experiments.config import Config, images
 from mpqfl_jax import (
   datasets,
   defenses,
@@ -67,12 +67,18 @@ def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
   """The config's model for a data set, in one form of convolution."""
   return models.make(
     config.model,
-    data.x_train.shape[1:],
+    image_shape(data),
     len(data.class_names),
     data.mean,
     data.std,
     conv,
   )
+
+
+def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:
+  """(height, width, channels)."""
+  _, height, width, channels = data.x_train.shape
+  return height, width, channels
 
 
 def build(config: Config) -> Setting:
@@ -88,7 +94,7 @@ def build(config: Config) -> Setting:
   template = jax.eval_shape(net.init, jax.random.key(0))
   built = [defenses.make(spec, template) for spec in config.defense]
   if config.task == "attack":
-    clients = _one_client_an_update(config)
+    clients = _one_client_an_update(config, data)
   else:
     clients = _population(config, data)
   schedule = local.Schedule(
@@ -138,10 +144,22 @@ def _population(config: Config, data: datasets.Dataset) -> partition.Partition:
   )
 
 
-def _one_client_an_update(config: Config) -> partition.Partition:
-  from experiments.config import images
-
-  rows = images(config.attack_images)[1]
+def _one_client_an_update(
+  config: Config, data: datasets.Dataset
+) -> partition.Partition:
+  """Each update's images as one client's; `order` are rows of the split."""
+  split, rows = images(config.attack_images)
+  have = len(data.y_train if split == "train" else data.y_test)
+  if rows.stop > have:
+    raise errors.UserError(
+      f"--attack_images={config.attack_images}, but the {split} split of"
+      f" {config.dataset} has {have} images. Expected rows 0 to {have - 1}."
+    )
+  if config.local_epochs > 1:
+    raise errors.UserError(
+      f"--local_epochs={config.local_epochs} shows an image in more than one"
+      " step, which the attacks do not model. Expected --local_epochs=1."
+    )
   size = config.batch_size * (config.local_steps or 1)
   if len(rows) % size:
     raise errors.UserError(

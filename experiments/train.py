@@ -5,13 +5,12 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from experiments import adversary, folder, setting, summary
 from experiments.config import Config
-from mpqfl_jax import engine, federated, local
+from mpqfl_jax import engine, federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples
 
@@ -33,10 +32,12 @@ def run(
   begin = time.perf_counter()
   data = built.data
   examples = jax.device_put(
-    Examples(
-      np.asarray(data.x_train),
-      np.asarray(data.y_train, np.int32),
-      built.clients.order.astype(np.int32),
+    Examples._make(
+      (
+        np.asarray(data.x_train),
+        np.asarray(data.y_train, np.int32),
+        built.clients.order.astype(np.int32),
+      )
     ),
     jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec()),
   )
@@ -60,11 +61,8 @@ def sample(config: Config, built: setting.Setting, round_number: int) -> Cohort:
   ids = setting.rng(config, setting.SAMPLING, round_number).choice(
     config.num_clients, config.cohort_size, replace=False
   )
-  return Cohort(
-    ids.astype(np.int32),
-    built.clients.offsets[ids].astype(np.int32),
-    built.clients.sizes[ids].astype(np.int32),
-  )
+  places = (ids, built.clients.offsets[ids], built.clients.sizes[ids])
+  return Cohort._make(place.astype(np.int32) for place in places)
 
 
 def choose_watched(
@@ -128,7 +126,9 @@ def _train(
       (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
     )
     if round_fn is None:
-      round_fn = algorithm.round.lower(state, examples, *args).compile()
+      round_fn = (
+        jax.jit(algorithm.round).lower(state, examples, *args).compile()
+      )
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
     before = state
@@ -202,7 +202,9 @@ def _keep(
     offset, size = int(cohort.offset[place]), int(cohort.size[place])
     shape = setting.update_shape(config, built.schedule, size)
     assert shape is not None  # choose_watched picked it
-    rows = visited(built.schedule, examples, key, client, offset, size, shape)
+    rows = adversary.visited(
+      built.schedule, examples, key, client, offset, size, shape
+    )
     payload = jax.tree.map(lambda leaf: leaf[slot], payloads)
     kept.append(
       adversary.Watched(
@@ -217,25 +219,3 @@ def _keep(
       )
     )
   return kept
-
-
-def visited(
-  schedule: local.Schedule,
-  examples: Examples,
-  round_key,
-  client: int,
-  offset: int,
-  size: int,
-  shape: tuple[int, int],
-) -> np.ndarray:
-  """Rows of the training set that a client's update is made of, in order."""
-  batches = federated.client_keys(round_key, client)[0]
-  # A gradient over all of the client's data is one step of many batches.
-  rows, mask = schedule.rows(
-    batches,
-    jnp.int32(offset),
-    jnp.int32(size),
-    examples.order,
-    -(-shape[0] * shape[1] // schedule.batch_size),
-  )
-  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]

@@ -151,7 +151,7 @@ class CohortResult(NamedTuple):
 def pad(cohort: Cohort, multiple: int) -> Cohort:
   """Fills the cohort up with clients of id -1, no examples and no weight."""
   missing = -len(cohort.client_id) % multiple
-  fill = Cohort(client_id=-1, offset=0, size=0)
+  fill = Cohort._make((-1, 0, 0))
   return jax.tree.map(
     lambda leaf, value: jnp.pad(leaf, (0, missing), constant_values=value),
     cohort,
@@ -231,14 +231,18 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
     # A client runs on one device: everywhere else its slot is zero, so that a
     # sum of bits hands the payload over exactly.
     slots = jax.tree.map(_psum_bits, slots)
-    return mean, states, RoundAux(*report, payloads=slots)
+    return mean, states, RoundAux._make((*report, slots))
 
   split, whole = PartitionSpec(AXIS), PartitionSpec()
   sharded = jax.shard_map(
     on_device,
     mesh=mesh,
     in_specs=(whole, whole, split, split, whole, whole),
-    out_specs=(whole, split, RoundAux(split, split, split, split, whole)),
+    out_specs=(
+      whole,
+      split,
+      RoundAux._make((split, split, split, split, whole)),
+    ),
     # The carries start as replicated zeros and end as each device's own.
     check_vma=False,
   )
@@ -257,8 +261,7 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
     )
     mean, states, aux = sharded(params, examples, padded, states, watched, key)
     cut = functools.partial(jax.tree.map, lambda leaf: leaf[:count])
-    payloads = aux.payloads
-    aux = RoundAux(*cut(aux[:-1]), payloads=payloads)
+    aux = cut(aux)._replace(payloads=aux.payloads)
     return CohortResult(mean, cut(states), aux)
 
   return run
@@ -268,7 +271,7 @@ def _per_client_squared_norm(update: Update, batch_dims: int) -> Array:
   squares = jax.tree.map(
     lambda u: jnp.sum(u * u, axis=tuple(range(batch_dims, u.ndim))), update
   )
-  return sum(jax.tree.leaves(squares))
+  return functools.reduce(jnp.add, jax.tree.leaves(squares))
 
 
 def _record(slots: Payload, payload: Payload, ids: Array, watched: Array):

@@ -1,7 +1,7 @@
 """The error that a user's mistake raises."""
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class UserError(ValueError):
@@ -17,5 +17,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
   near = difflib.get_close_matches(name, known, n=1)
   hint = f" Did you mean {near[0]!r}?" if near else ""
   return UserError(
-      f"unknown {kind} {name!r}.{hint} Expected one of: {', '.join(known)}."
+    f"unknown {kind} {name!r}.{hint} Expected one of: {', '.join(known)}."
   )

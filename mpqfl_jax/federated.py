@@ -95,7 +95,7 @@ def federated(
     mesh: the devices.
 
   Returns:
-    A FederatedAlgorithm whose state is a ServerState. `round` is jitted.
+    A FederatedAlgorithm whose state is a ServerState; `round` is jitted.
   """
   run = engine.run_cohort(client_turn(training, transform, codec), plan, mesh)
 

@@ -4,7 +4,6 @@ No module past this one knows Flax.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 
 from flax import linen as nn
 import jax
@@ -116,7 +115,7 @@ def make(
   module = MODELS[name][0](classes=num_classes, conv=layers.convolution(conv))
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
-  @functools.partial(jax.jit)
+  @jax.jit
   def init(key):
     sample = jnp.zeros((1, *image_shape), jnp.float32)
     return dict(module.init(key, sample)["params"])
@@ -124,7 +123,7 @@ def make(
   def apply(params, x: Array) -> Array:
     return module.apply({"params": params}, (x - mean) / std)
 
-  return Model(name, init, apply, tuple(image_shape), num_classes, mean, std)
+  return Model(name, init, apply, image_shape, num_classes, mean, std)
 
 
 def cross_entropy(model: Model, params, x: Array, y: Array) -> Array:

@@ -757,12 +757,13 @@ def test_the_grid_shows_every_pixel_as_a_square(images, tmp_path):
   side = 28 * 5
   for s in (group[0].original, group[0].reconstruction):
     wanted = np.kron(np.round(255 * s[1, :, :, 0]), np.ones((5, 5)))
-    strip = np.lib.stride_tricks.sliding_window_view(
-      pixels[:, grid.left(1, side) : grid.left(1, side) + side], (side, side)
-    )[:, 0]
-    # Off by one level where a colour map rounds.
-    worst = [np.abs(window - wanted).max() for window in strip]
-    assert min(worst) <= 1
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (side, side))
+    # The corners of the digit's pixels find the place, the rest proves it; off
+    # by one level where a colour map rounds.
+    near = np.abs(windows[..., ::35, ::35] - wanted[::35, ::35]).max((-1, -2))
+    places = np.argwhere(near <= 1)
+    worst = [np.abs(windows[y, x] - wanted).max() for y, x in places]
+    assert worst and min(worst) <= 1
 
 
 def test_grids_keep_images_and_rounds_apart(images):

@@ -1,4 +1,4 @@
-"""Originals above their reconstructions, pixel by pixel.
+"""Originals beside their reconstructions, pixel by pixel.
 
 Drawn in the pixels of the PNG: every image is enlarged by a whole number, so
 that the pixels of a 28 by 28 digit stay squares.
@@ -15,6 +15,7 @@ from mpqfl_jax import metrics
 from mpqfl_jax.report import records, style
 
 _COLUMNS = 8
+_FEW = 4
 _ROWS = 14
 # The rest in pixels of the PNG, which is shown at half size.
 _CELL = 152
@@ -94,21 +95,61 @@ def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
   for known in values("labels_known"):
     out.append("labels known" if known else "labels inferred")
   if values("iterations"):
-    text = f"{joined('iterations')} iterations"
+    text = f"at most {max(values('iterations'))} iterations"
     if values("restarts") not in ([], [1]):
       text += f", {joined('restarts')} restarts"
     out.append(text)
   return out
 
 
-def left(column: int, width: int) -> int:
-  """Where a column of images begins, in pixels.
+class Layout(NamedTuple):
+  """Where everything stands, in pixels of the PNG.
+
+  Few images stand as rows, so that the page is wide and low: the originals are
+  the first column and each defence is a column. Many images stand as columns.
+
+  Attributes:
+    turned: whether images are rows.
+    cell_w, cell_h: size of an image as drawn.
+    pitch_x, pitch_y: from one column or row to the next.
+    left, top: of the first cell.
+  """
+
+  turned: bool
+  cell_w: int
+  cell_h: int
+  pitch_x: int
+  pitch_y: int
+  left: int
+  top: int
+
+  def at(self, entry: int, image: int) -> tuple[int, int]:
+    """Left upper corner of an image of an entry; entry 0 is the original."""
+    column, row = (entry, image) if self.turned else (image, entry)
+    return self.left + column * self.pitch_x, self.top + row * self.pitch_y
+
+
+def layout(
+  entries: int, images: int, height: int, width: int, heading: int
+) -> Layout:
+  """Lays a grid out.
 
   Args:
-    column: from 0.
-    width: of the images as drawn.
+    entries: sets of reconstructions.
+    images: in each.
+    height, width: of an image, in its own pixels.
+    heading: height of what stands above the grid.
   """
-  return _LEFT + column * (max(width, 120) + _GAP)
+  turned = images <= _FEW and entries <= _COLUMNS
+  factor = max(1, _CELL // max(height, width))
+  cell_w, cell_h = factor * width, factor * height
+  if turned:
+    pitch_x, left, top = max(cell_w + _GAP, 200), 136, heading + 92
+  else:
+    pitch_x, left, top = max(cell_w, 120) + _GAP, _LEFT, heading + 46
+  return Layout(
+    turned, cell_w, cell_h, pitch_x, cell_h + _TEXT + _GAP, left, top
+  )
 
 
 def draw(
@@ -116,7 +157,7 @@ def draw(
   known: dict[str, style.Style],
   setting: str,
 ) -> Drawn:
-  """Draws a row of originals and a row for each set of reconstructions.
+  """Draws the originals and beside or below them each set of reconstructions.
 
   Args:
     group: from `groups`.
@@ -126,14 +167,14 @@ def draw(
   first = group[0]
   total, height, width, _ = first.original.shape
   count = min(total, _COLUMNS)
-  factor = max(1, _CELL // max(height, width))
-  cell_h, cell_w = factor * height, factor * width
-  full_w = max(left(count, cell_w) + _MARGIN, 900)
-  per_line = int((full_w - 2 * _MARGIN) / 14.2)
-  heading = _wrap(setting, per_line)
-  top = _MARGIN + 48 + 32 * len(heading) + 46
-  pitch_y = cell_h + _TEXT + _GAP
-  full_h = top + cell_h + 2 * _GAP + pitch_y * len(group) + 6
+  columns = len(group) + 1 if count <= _FEW else count
+  probe = layout(len(group), count, height, width, 0)
+  full_w = max(probe.left + columns * probe.pitch_x + _MARGIN, 900)
+  heading = _wrap(setting, int((full_w - 2 * _MARGIN) / 14.2))
+  above = _MARGIN + 48 + 32 * len(heading)
+  plan = layout(len(group), count, height, width, above)
+  rows = count if plan.turned else len(group) + 1
+  full_h = plan.top + rows * plan.pitch_y + 6
 
   fig = style.new_figure(full_w / style.DPI, full_h / style.DPI)
   fig.set_layout_engine("none")
@@ -154,57 +195,90 @@ def draw(
       pixels = np.repeat(pixels, 3, axis=-1)
     ax.imshow(
       pixels,
-      extent=(x, x + cell_w, y + cell_h, y),
+      extent=(x, x + plan.cell_w, y + plan.cell_h, y),
       interpolation="nearest",
       aspect="auto",
     )
 
-  title = f"{first.attack}, round {first.round}"
-  write(_MARGIN, _MARGIN, title, 12, weight="bold")
+  def name_entry(entry: int, label: str, look: style.Style | None) -> None:
+    x, y = plan.at(entry, 0)
+    bold = "normal" if look else "bold"
+    if plan.turned:
+      if look:
+        mark = y - 44 - 30 * label.count("\n")
+        ax.plot([x + 8], [mark], look.marker, color=look.color, ms=7)
+      write(
+        x,
+        y - 14,
+        label,
+        8.5,
+        va="baseline",
+        linespacing=1.2,
+        weight=bold,
+      )
+      return
+    middle = y + plan.cell_h / 2
+    if look:
+      ax.plot([_MARGIN + 9], [middle], look.marker, color=look.color, ms=7)
+    indent = 32 if look else 0
+    write(
+      _MARGIN + indent,
+      middle,
+      label,
+      10,
+      va="center",
+      linespacing=1.3,
+      weight=bold,
+    )
+
+  write(
+    _MARGIN, _MARGIN, f"{first.attack}, round {first.round}", 12, weight="bold"
+  )
   for i, text in enumerate(heading):
     write(_MARGIN, _MARGIN + 48 + 32 * i, text, 9, color=style.MUTED)
-  columns = [left(i, cell_w) for i in range(count)]
-  for i, x in enumerate(columns):
-    place(first.original[i], x, top)
-    write(x, top - 30, f"label {first.label[i]}", 8, color=style.MUTED)
-  write(_MARGIN, top + cell_h / 2, "original", 10, va="center", weight="bold")
+  name_entry(0, "original", None)
+  for i in range(count):
+    x, y = plan.at(0, i)
+    place(first.original[i], x, y)
+    label = f"label {first.label[i]}"
+    if plan.turned:
+      middle = y + plan.cell_h / 2
+      write(_MARGIN, middle, label, 8, color=style.MUTED, va="center")
+    else:
+      write(x, y - 30, label, 8, color=style.MUTED)
 
   several = len({s.knowledge for s in group}) > 1
   said = []
-  for row, s in enumerate(group):
-    y = top + cell_h + 2 * _GAP + row * pitch_y
+  for entry, s in enumerate(group, 1):
     look = known.get(s.defense) or style.Style(s.defense, style.INK, "o")
-    ax.plot(
-      [_MARGIN + 9], [y + cell_h / 2], look.marker, color=look.color, ms=7
-    )
     name = style.wrapped(look.label)
-    if several:
-      name += f"\n{s.knowledge}"
-    write(_MARGIN + 32, y + cell_h / 2, name, 10, va="center", linespacing=1.3)
+    name_entry(entry, name + f"\n{s.knowledge}" * several, look)
     psnr = metrics.psnr_db(s.original[:count], s.reconstruction[:count])
     ssim = metrics.ssim(s.original[:count], s.reconstruction[:count])
-    for i, x in enumerate(columns):
+    for i in range(count):
+      x, y = plan.at(entry, i)
       good = psnr[i] >= metrics.SUCCESS_DB
       place(s.reconstruction[i], x, y)
       if good:
         ax.add_patch(
           patches.Rectangle(
             (x - 3, y - 3),
-            cell_w + 6,
-            cell_h + 6,
+            plan.cell_w + 6,
+            plan.cell_h + 6,
             fill=False,
             edgecolor=style.ALERT,
             linewidth=1.4,
           )
         )
+      below = y + plan.cell_h
       write(
         x,
-        y + cell_h + 9,
+        below + 9,
         f"{psnr[i]:.1f} dB",
         weight="bold" if good else "normal",
         color=style.ALERT if good else style.INK,
       )
-      write(x, y + cell_h + 37, f"SSIM {_two(ssim[i])}", 7.5, color=style.MUTED)
+      write(x, below + 37, f"SSIM {_two(ssim[i])}", 7.5, color=style.MUTED)
     good_count = int(np.sum(psnr >= metrics.SUCCESS_DB))
     said.append(
       f"{s.defense} ({s.knowledge}): {good_count} of {count} at"
@@ -214,12 +288,13 @@ def draw(
   caption = f"Framed and bold: PSNR of {metrics.SUCCESS_DB:.0f} dB or better."
   if total > count:
     caption += f" The first {count} of {total} images."
+  where = "first column, right of" if plan.turned else "first row, below"
   return Drawn(
     figure=fig,
-    title=title,
+    title=f"{first.attack}, round {first.round}",
     alt=(
-      "Grid of images: the originals in the first row, below them what the"
-      " attack rebuilt. " + "; ".join(said) + "."
+      f"Grid of images: the originals in the {where} them what the attack"
+      " rebuilt. " + "; ".join(said) + "."
     ),
     caption=caption,
     width=round(full_w / 2),

@@ -1,0 +1,365 @@
+"""The command line: runs end to end, and what it says of a mistake."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+import jax
+import numpy as np
+import pytest
+
+from experiments import adversary, config, folder, main, setting, train
+from mpqfl_jax import federated, metrics
+
+SMALL = (
+  "--model=mlp",
+  "--num_clients=400",
+  "--cohort_size=6",
+  "--size_sigma=1.5",
+  "--rounds=3",
+  "--batch_size=4",
+  "--devices=2",
+)
+
+
+def execute(*args: str) -> int:
+  with flagsaver.flagsaver():
+    left = flags.FLAGS(["main", *args])
+    return main.execute(left)
+
+
+def from_args(*args: str) -> config.Config:
+  with flagsaver.flagsaver():
+    flags.FLAGS(["main", *args])
+    return config.from_flags(flags.FLAGS)
+
+
+def lines(path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+  run = tmp_path_factory.mktemp("runs") / "attacked"
+  status = execute(
+    *SMALL,
+    f"--output_dir={run}",
+    "--defense=none,paper,dp_gaussian(clip=2,noise_multiplier=0.5)",
+    "--attack=dlg(iterations=3)",
+    "--attack_rounds=1,3",
+  )
+  assert status == 0
+  return run
+
+
+def test_a_run_leaves_the_promised_files(attacked):
+  summary = json.loads((attacked / "summary.json").read_text())
+  resolved = json.loads((attacked / "config.json").read_text())
+  assert resolved["model"] == "mlp" and resolved["plan_resolved"]["size"] == 1
+  assert set(resolved["versions"]) >= {"jax", "flax", "optax", "mpqfl_jax"}
+  rounds = lines(attacked / "metrics.jsonl")
+  assert [r["round"] for r in rounds] == [1, 2, 3] * 3
+  wanted = (
+    "round, train_loss, test_loss, test_accuracy, uplink_bytes,"
+    " downlink_bytes, participants, rejected, seconds"
+  )
+  assert set(rounds[0]) == {"defense", *wanted.split(", ")}
+  wanted = (
+    "defense, attack, knowledge, dataset, model, image, round, batch_size,"
+    " local_steps, labels_known, weights, iterations, restarts, objective,"
+    " seconds, mse, psnr_db, ssim, label_correct, reidentified"
+  )
+  found = lines(attacked / "attacks.jsonl")
+  assert set(found[0]) == {"client", *wanted.split(", ")}
+  assert {r["weights"] for r in found} == {"initial", "trained"}
+  for name, entry in summary["defenses"].items():
+    mine = [r for r in rounds if r["defense"] == name]
+    assert entry["test_accuracy"] == mine[-1]["test_accuracy"]
+    assert entry["uplink_bytes_per_client"] == sum(
+      r["uplink_bytes"] for r in mine
+    ) / (3 * 6)
+    scores = [r["psnr_db"] for r in found if r["defense"] == name]
+    assert entry["attacks"]["dlg"]["blind"]["psnr_db_median"] == np.median(
+      scores
+    )
+  assert summary["defenses"]["none"]["epsilon"] is None
+  assert summary["defenses"]["paper"]["epsilon"] is None
+  proven = "dp_gaussian(clip=2,noise_multiplier=0.5)"
+  assert summary["defenses"][proven]["epsilon"] > 0
+  assert set(summary["references"]) == {
+    "mean_image",
+    "grey",
+    "best_constant",
+    "noise",
+  }
+  assert (attacked / "report.html").stat().st_size > 10_000
+  assert list((attacked / "figures").glob("*.png"))
+
+
+def test_reconstructions_hold_what_the_lines_say(attacked):
+  found = lines(attacked / "attacks.jsonl")
+  files = sorted((attacked / "reconstructions").glob("*.npz"))
+  count = 0
+  for path in files:
+    with np.load(path) as file:
+      psnr = metrics.psnr_db(file["original"], file["reconstruction"])
+      for client, value in zip(file["client"], psnr, strict=True):
+        match = [
+          r
+          for r in found
+          if r["defense"] == str(file["defense"])
+          and r["round"] == int(file["round"])
+          and r["client"] == client
+          and abs(r["psnr_db"] - value) < 1e-4
+        ]
+        assert match
+        count += 1
+  assert count == len(found)
+
+
+def test_watching_and_a_second_run_change_no_bit(attacked, tmp_path):
+  summary = json.loads((attacked / "summary.json").read_text())
+  run = tmp_path / "unwatched"
+  assert execute(*SMALL, f"--output_dir={run}", "--defense=none,paper") == 0
+  again = json.loads((run / "summary.json").read_text())
+  for name in ("none", "paper"):
+    assert (
+      summary["defenses"][name]["final_params_sha256"]
+      == again["defenses"][name]["final_params_sha256"]
+    )
+  first = (
+    again["defenses"]["none"]["final_params_sha256"],
+    again["defenses"]["paper"]["final_params_sha256"],
+  )
+  assert first[0] != first[1]
+
+
+def test_the_attacked_images_are_the_clients_own(attacked):
+  """The kept bytes decode to the update that the named rows produce."""
+  found = lines(attacked / "attacks.jsonl")
+  values = from_args(*SMALL, "--defense=none", "--attack=dlg")
+  built = setting.build(values)
+  for line in found:
+    if line["defense"] == "none":
+      row = int(re.fullmatch(r"train:(\d+)", line["image"])[1])
+      held = built.clients.client(line["client"])
+      assert row in held
+      cohort = train.sample(values, built, line["round"])
+      assert line["client"] in cohort.client_id
+      assert line["batch_size"] * line["local_steps"] == len(held)
+
+
+def test_attack_task_inverts_given_images(tmp_path):
+  run = tmp_path / "attack"
+  status = execute(
+    "--task=attack",
+    "--model=mlp",
+    "--batch_size=2",
+    "--attack=idlg(iterations=2)",
+    "--attack_images=test:4-7",
+    "--labels_known",
+    "--attack_knowledge=blind,adaptive",
+    "--defense=none,int4",
+    f"--output_dir={run}",
+  )
+  assert status == 0
+  found = lines(run / "attacks.jsonl")
+  assert len(found) == 2 * 2 * 4
+  assert {r["image"] for r in found} == {f"test:{i}" for i in range(4, 8)}
+  assert not (run / "metrics.jsonl").exists()
+  summary = json.loads((run / "summary.json").read_text())
+  assert summary["defenses"]["int4"]["test_accuracy"] is None
+  assert set(summary["defenses"]["int4"]["attacks"]["idlg"]) == {
+    "blind",
+    "adaptive",
+  }
+
+
+def test_bytes_reported_are_the_bytes_of_the_messages():
+  values = from_args(*SMALL, "--defense=mixed_random,prune,topk,sign,none")
+  built = setting.build(values)
+  params = built.model.init(jax.random.key(0))
+  turn_of = {
+    d.spec: jax.jit(federated.client_turn(built.training, d.transform, d.codec))
+    for d in built.defenses
+  }
+  from mpqfl_jax.types import Cohort, Examples
+
+  examples = Examples._make(
+    (
+      np.asarray(built.data.x_train),
+      np.asarray(built.data.y_train),
+      built.clients.order.astype(np.int32),
+    )
+  )
+  cohort = train.sample(values, built, 1)
+  for defense in built.defenses:
+    state = (defense.transform.init(params), defense.codec.init(params))
+    for i in range(3):
+      who = Cohort._make(leaf[i] for leaf in cohort)
+      out = turn_of[defense.spec](
+        params, examples, who, state, jax.random.key(1)
+      )
+      message = defense.codec.pack(jax.device_get(out.payload))
+      assert int(out.uplink_bytes) == len(message)
+
+
+def test_final_params_digest_is_as_documented():
+  params = {"b": {"x": np.float32([1, 2])}, "a": {"y": np.float32([[3]])}}
+  want = hashlib.sha256(np.array([3, 1, 2], "<f4").tobytes()).hexdigest()
+  from experiments import summary
+
+  assert summary.params_sha256(params) == want
+
+
+@pytest.mark.parametrize(
+  "args, words",
+  [
+    (["--dataset=mnist_sampel"], "Did you mean 'mnist_sample'"),
+    (["--model=lenet"], "unknown model 'lenet'"),
+    (["--partition=irid"], "Did you mean 'iid'"),
+    (["--partition=dirichlet", "--dirichlet_alpha=0"], "alpha"),
+    (["--defense=papr"], "Did you mean 'paper'"),
+    (["--defense=prune(ratios=1)"], "Did you mean 'ratio'"),
+    (["--defense=prune(ratio=2)"], "ratio"),
+    (["--defense=none,none"], "twice"),
+    (["--defense=missing.toml"], "missing.toml"),
+    (["--defense="], "--defense is empty"),
+    (["--attack=dgl"], "Did you mean 'dlg'"),
+    (["--attack=dlg(iters=3)"], "iters"),
+    (["--attack=dlg", "--attack_knowledge=all"], "unknown"),
+    (["--attack=dlg", "--attack_rounds=9"], "rounds go from 1"),
+    (["--attack_rounds=one"], "whole numbers"),
+    (["--cohort_size=500"], "larger than --num_clients=400"),
+    (["--num_clients=0"], "num_clients"),
+    (["--plan=chunk(size=0)"], "chunk"),
+    (["--devices=99"], "this machine has"),
+    (["--client_lr=0"], "--client_lr is 0"),
+    (["--server_optimizer=adm"], "Did you mean 'adam'"),
+    (["--task=attack"], "needs --attack"),
+    (["--task=attack", "--attack=dlg", "--attack_images=test:9"], "multiple"),
+    (["--task=attack", "--attack=dlg", "--attack_images=all"], "test:0-7"),
+    (
+      ["--task=attack", "--attack=dlg", "--attack_images=test:999996-999999"],
+      "has 1000 images",
+    ),
+    (["--dataset=mnist", "--data_dir=no/such/folder"], "no/such/folder"),
+    (["left over"], "unexpected argument"),
+  ],
+)
+def test_a_mistake_is_one_line_and_touches_nothing(
+  args, words, tmp_path, capfd
+):
+  run = tmp_path / "run"
+  try:
+    status = execute(*SMALL, f"--output_dir={run}", *args)
+    err = capfd.readouterr().err
+  except flags.Error as e:  # what absl itself finds, `main._parse` prints
+    status, err = 2, f"error: {e}\n"
+  assert status == 2
+  assert words in err and err.startswith("error: ")
+  assert err.count("\n") == 1 or "lower_bound" in err
+  assert not run.exists()
+
+
+def test_a_folder_that_exists_is_kept(attacked, tmp_path, capfd):
+  before = sorted(p.name for p in attacked.iterdir())
+  assert execute(*SMALL, f"--output_dir={attacked}") == 2
+  assert "--overwrite" in capfd.readouterr().err
+  assert sorted(p.name for p in attacked.iterdir()) == before
+  other = tmp_path / "precious"
+  other.mkdir()
+  (other / "thesis.txt").write_text("mine")
+  assert execute(*SMALL, f"--output_dir={other}", "--overwrite") == 2
+  assert (other / "thesis.txt").read_text() == "mine"
+  assert "is not a run" in capfd.readouterr().err
+  assert execute(*SMALL, f"--output_dir={other / 'thesis.txt'}") == 2
+
+
+def test_a_corrupt_sample_is_one_line(tmp_path, capfd, monkeypatch):
+  from mpqfl_jax import datasets
+
+  copy = tmp_path / "data"
+  copy.mkdir()
+  for path in datasets._SAMPLE_DIR.iterdir():
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / path.name).write_bytes(data)
+  monkeypatch.setattr(datasets, "_SAMPLE_DIR", copy)
+  assert execute(*SMALL, f"--output_dir={tmp_path / 'run'}") == 2
+  err = capfd.readouterr().err
+  assert err.startswith("error: ") and err.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_keeps_every_finished_round(tmp_path, capfd, monkeypatch):
+  run = tmp_path / "run"
+  real = folder.append_line
+
+  def append_then_stop(path, value):
+    real(path, value)
+    if value["round"] == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(folder, "append_line", append_then_stop)
+  assert execute(*SMALL, f"--output_dir={run}") == 130
+  assert [r["round"] for r in lines(run / "metrics.jsonl")] == [1, 2]
+  assert "interrupted" in capfd.readouterr().err
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / "summary.json"
+  folder.write_json(path, {"old": 1})
+
+  def fail(*args):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(folder.os, "replace", fail)
+  with pytest.raises(OSError):
+    folder.write_json(path, {"new": 2})
+  assert json.loads(path.read_text()) == {"old": 1}
+  assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+  "text, want",
+  [
+    ("test:0-7", ("test", range(8))),
+    ("train:5", ("train", range(5, 6))),
+    (" test:10-12 ", ("test", range(10, 13))),
+  ],
+)
+def test_attack_images(text, want):
+  assert config.images(text) == want
+
+
+def test_attack_labels_are_short_where_they_can_be():
+  values = from_args("--attack=dlg(iterations=3),idlg")
+  assert adversary.attack_label(values, "dlg(iterations=3)") == "dlg"
+  twice = from_args("--attack=dlg(iterations=3),dlg")
+  assert adversary.attack_label(twice, "dlg(iterations=3)") == (
+    "dlg(iterations=3)"
+  )
+
+
+def test_the_program_itself_exits_with_2():
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.main", "--rounds=none"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert "Traceback" not in done.stderr
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "path", sorted(config.FLAGS_DIR.glob("*.flags")), ids=lambda p: p.stem
+)
+def test_every_flag_file_resolves(path):
+  values = from_args(f"--flagfile={path}")
+  assert values.output_dir == f"runs/{path.stem}"
