@@ -31,6 +31,9 @@ class Coordinates(NamedTuple):
 
   Attributes:
     shape: of one image's coordinates, (height, width, channels).
+    deviation: [height, width, channels], how far an image moves, as a root sum
+      of squares over pixels, for a unit step of one coordinate; the steps are
+      orthogonal.
     to_images: coordinates of any shape that flattens to whole images ->
       [images, height, width, channels], not clipped to [0, 1].
     from_images: its inverse, [images, height, width, channels] -> coordinates
@@ -38,6 +41,7 @@ class Coordinates(NamedTuple):
   """
 
   shape: tuple[int, int, int]
+  deviation: np.ndarray
   to_images: Callable[[Array], Array]
   from_images: Callable[[Array], Array]
 
@@ -57,7 +61,7 @@ def _spectral(mean: np.ndarray, factor: np.ndarray) -> Coordinates:
   Args:
     mean: broadcastable to [height, width, channels].
     factor: [height, width, channels, channels]: row i is where coordinate i of
-      that frequency points.
+      that frequency points; the rows are orthogonal.
   """
   height, width, channels, _ = factor.shape
   rows, columns = cosine_matrix(height), cosine_matrix(width)
@@ -75,7 +79,8 @@ def _spectral(mean: np.ndarray, factor: np.ndarray) -> Coordinates:
     spectrum = jnp.einsum("gq,bfqc->bfgc", columns, half)
     return jnp.einsum("bfgc,fgcd->bfgd", spectrum, inverse)
 
-  return Coordinates(shape, to_images, from_images)
+  deviation = np.sqrt(np.sum(np.square(factor), -1))
+  return Coordinates(shape, deviation, to_images, from_images)
 
 
 def natural(model: Model, exponent: float = 1.0) -> Coordinates:
@@ -83,7 +88,7 @@ def natural(model: Model, exponent: float = 1.0) -> Coordinates:
 
   The deviation at frequency f is proportional to (1 + f)^-exponent, about 1 for
   photographs (Field 1987), and is scaled so that a standard normal point has
-  the pixel variance that the model normalises by.
+  the pixel variance, over all channels, that the model normalises by.
 
   Args:
     model: gives shape, mean and deviation of the images.
@@ -93,12 +98,13 @@ def natural(model: Model, exponent: float = 1.0) -> Coordinates:
   frequency = np.hypot(np.arange(height)[:, None], np.arange(width))
   deviation = (1.0 + frequency) ** -exponent
   deviation /= np.sqrt(np.mean(deviation**2))
-  colours = np.eye(channels)
+  colours = np.diag(model.std)
   if channels == 3 and exponent:
     colours = _OPPONENT / np.linalg.norm(_OPPONENT, axis=1, keepdims=True)
     spread = np.array([1, _COLOUR, _COLOUR])
-    colours = colours * (spread / np.sqrt(np.mean(spread**2)))[:, None]
-  factor = deviation[..., None, None] * colours * model.std
+    spread *= np.sqrt(np.mean(model.std**2) / np.mean(spread**2))
+    colours = colours * spread[:, None]
+  factor = deviation[..., None, None] * colours
   return _spectral(
     np.asarray(model.mean, np.float32), factor.astype(np.float32)
   )
@@ -145,5 +151,6 @@ def fitted(model: Model, auxiliary: np.ndarray) -> Coordinates:
   # A pixel step of 1/255 is rounded in the data; below a tenth of its variance
   # there is nothing to know.
   covariance += np.eye(channels) * (0.1 * (1 / 255) ** 2 / 12)
-  factor = np.linalg.cholesky(covariance).swapaxes(-1, -2)
+  variance, directions = np.linalg.eigh(covariance)
+  factor = np.sqrt(variance)[..., None] * directions.swapaxes(-1, -2)
   return _spectral(mean, factor.astype(np.float32))

@@ -5,7 +5,7 @@ every gradient inversion is an approximation of the Bayes-optimal attack
 (section 4): this one writes down both factors. The likelihood is that of the
 codes as they were sent, interval by interval; the prior is a Gaussian fitted to
 auxiliary images, in whose whitened coordinates the search moves. The likelihood
-is smoothed and the smoothing is lowered as the search goes on.
+is smoothed, and the smoothing is lowered in stages.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import coordinates, core, objectives
+from mpqfl_jax.attacks import coordinates, core, lbfgs, objectives
 from mpqfl_jax.attacks import labels as labels_lib
 from mpqfl_jax.types import Array, Key, Model, Observation
 
@@ -25,16 +24,16 @@ _BOX = 10.0
 
 
 class State(NamedTuple):
-  """Whitened coordinates, Adam's moments, and the labels held fixed.
+  """Optimiser over whitened coordinates, and the labels held fixed.
 
   Attributes:
-    z: [images, height, width, channels] float32.
-    adam: optax state.
+    optimizer: L-BFGS over the coordinates of all images as one vector.
+    taken: [] int32, iterations taken.
     labels: [steps, batch] int32.
   """
 
-  z: Array
-  adam: optax.ScaleByAdamState
+  optimizer: lbfgs.State
+  taken: Array
   labels: Array
 
 
@@ -44,9 +43,10 @@ def maximum_a_posteriori(
   batch: int = 1,
   *,
   auxiliary: np.ndarray | None = None,
-  iterations: int = 600,
+  iterations: int = 500,
   restarts: int = 1,
-  learning_rate: float = 0.05,
+  stages: int = 5,
+  history: int = 50,
   first_smoothing: float = 1.0,
   last_smoothing: float = 1e-4,
   spread: float = 0.3,
@@ -59,32 +59,34 @@ def maximum_a_posteriori(
     batch: images in a step.
     auxiliary: [images, height, width, channels] uint8, images of the same kind
       as the client's and disjoint from them.
-    iterations: Adam steps.
+    iterations: L-BFGS steps over all stages.
     restarts: random starts, of which the most probable result counts.
-    learning_rate: Adam's first rate, in deviations of the prior; it falls to 0
-      along a cosine.
+    stages: values of the smoothing, from the first to the last in equal ratios.
+    history: curvature pairs kept.
     first_smoothing: smoothing of the likelihood at the start, in root mean
       squares of a leaf.
-    last_smoothing: smoothing after four fifths of the iterations.
+    last_smoothing: smoothing in the last stage.
     spread: deviation of the starting point, in deviations of the prior.
 
   Raises:
-    UserError: no auxiliary images.
+    UserError: no auxiliary images, or stages that do not fit.
   """
+  if not 2 <= stages <= iterations:
+    raise errors.UserError(
+      f"attack 'map': stages={stages}, expected 2 to iterations={iterations}."
+    )
   if auxiliary is None:
     raise errors.UserError(
       "attack 'map' needs auxiliary images for its prior; none were given."
     )
   images = steps * batch
   prior = coordinates.fitted(model, np.asarray(auxiliary))
-  adam = optax.scale_by_adam(b1=0.9, b2=0.99)
-  rate = optax.cosine_decay_schedule(learning_rate, iterations, alpha=0.01)
-  smoothing = optax.exponential_decay(
-    first_smoothing,
-    max(1, int(0.8 * iterations)),
-    last_smoothing / first_smoothing,
-    end_value=last_smoothing,
-  )
+  every = iterations // stages
+  ratio = (last_smoothing / first_smoothing) ** (1 / (stages - 1))
+
+  def smoothing(count):
+    stage = jnp.minimum(count // every, stages - 1)
+    return first_smoothing * ratio**stage
 
   def loss(z, labels, observation: Observation, width: Array) -> Array:
     x = prior.to_images(z)
@@ -107,24 +109,33 @@ def maximum_a_posteriori(
     labels = observation.labels
     if labels is None:
       labels = labels_lib.infer(model, observation, steps, batch)
-    return State(z, adam.init(z), labels)
+    return State(lbfgs.init(z.reshape(-1), history), jnp.int32(0), labels)
 
   def step(state: State, observation: Observation) -> tuple[State, Array]:
-    count = state.adam.count
+    count = state.taken
     width = smoothing(count)
-    value, gradient = jax.value_and_grad(loss)(
-      state.z, state.labels, observation, width
+    # A new stage has another objective: its value at this point is unknown, and
+    # the curvature found so far is not its own.
+    fresh = (count % every == 0) & (count < stages * every)
+    o = state.optimizer
+    o = o._replace(
+      value=jnp.where(fresh, jnp.inf, o.value),
+      gradient=jnp.where(fresh, 0.0, o.gradient),
+      filled=jnp.where(fresh, 0, o.filled),
     )
-    direction, moments = adam.update(gradient, state.adam)
-    z = state.z - rate(count) * direction
     # Values under different smoothing do not compare: only the last counts.
-    final = width <= last_smoothing * 1.0001
-    value = jnp.where(final, value, jnp.inf)
-    return State(z, moments, state.labels), value
+    value = jnp.where(count >= (stages - 1) * every, o.value, jnp.inf)
+    o = lbfgs.step(lambda z: loss(z, state.labels, observation, width), o)
+    return State(o, count + 1, state.labels), value
 
   def extract(state: State) -> tuple[Array, Array]:
-    x = jnp.clip(prior.to_images(state.z), 0.0, 1.0)
+    x = jnp.clip(prior.to_images(state.optimizer.x), 0.0, 1.0)
     return x, state.labels.reshape(images)
+
+  def finished(state: State) -> Array:
+    # A failure of the stage before does not count.
+    last = state.taken > (stages - 1) * every
+    return last & (state.optimizer.failures >= 3)
 
   def check(observation: Observation) -> None:
     core.check_labels(observation, steps, batch)
@@ -136,7 +147,7 @@ def maximum_a_posteriori(
     init,
     step,
     extract,
-    lambda state: jnp.bool_(False),
+    finished,
     check,
     images,
     iterations,

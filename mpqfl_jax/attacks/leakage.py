@@ -1,0 +1,152 @@
+"""Predicted leakage: how well the best attack will do, without attacking.
+
+Around the true image the update is linear in the image. With a Gaussian prior
+over images and Gaussian noise on every leaf the posterior is then Gaussian too,
+and its covariance needs only one Jacobian an image: its Gram matrix, leaf by
+leaf. Any assignment of noise to leaves is judged from those in milliseconds,
+which is what a search over policies needs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from mpqfl_jax import errors, trees
+from mpqfl_jax.attacks import coordinates, core
+from mpqfl_jax.types import Array, Model, Params
+
+# Noise that every leaf has at least, relative to its root mean square: what the
+# arithmetic of the attack itself resolves.
+_RESOLUTION = 1e-4
+
+
+class Sensitivity(NamedTuple):
+  """How an update answers to small changes of the image behind it.
+
+  Attributes:
+    leaves: names of the leaves, in the order of `jax.tree.leaves`.
+    grams: [leaves, k, k] float32, J^T J of each leaf's Jacobian with respect to
+      the k whitened coordinates of largest deviation.
+    signal: [leaves], mean square of the update's entries.
+    variance: [k], squared pixel error, summed over pixels, of a unit error in
+      each coordinate.
+    rest: squared pixel error of all other coordinates, which count as unseen.
+    pixels: number of values in an image.
+  """
+
+  leaves: tuple[str, ...]
+  grams: np.ndarray
+  signal: np.ndarray
+  variance: np.ndarray
+  rest: float
+  pixels: int
+
+
+def sensitivity(
+  model: Model,
+  params: Params,
+  x: Array,
+  y: Array,
+  learning_rate: float,
+  auxiliary: np.ndarray,
+  components: int = 800,
+) -> list[Sensitivity]:
+  """Jacobians of one-image, one-step updates, condensed.
+
+  Args:
+    model: the classifier.
+    params: where the client starts.
+    x: [images, height, width, channels] float32 in [0, 1].
+    y: [images] int32.
+    learning_rate: the client's step size.
+    auxiliary: [n, height, width, channels] uint8, images for the prior.
+    components: coordinates that are looked at.
+
+  Returns:
+    One Sensitivity an image.
+
+  Raises:
+    UserError: auxiliary images that give no prior, or more components than an
+      image has values.
+  """
+  prior = coordinates.fitted(model, auxiliary)
+  pixels = prior.deviation.size
+  if not 1 <= components <= pixels:
+    raise errors.UserError(
+      f"components={components}: expected 1 to the {pixels} values of an image."
+    )
+  deviation = prior.deviation.reshape(-1)
+  order = np.argsort(-deviation)
+  chosen, others = order[:components], order[components:]
+
+  @jax.jit
+  def condense(params, image, label):
+    center = prior.from_images(image[None]).reshape(-1)
+
+    def update(z):
+      moved = prior.to_images(center.at[chosen].add(z))
+      return core.simulate(
+        model, params, moved[None], label[None, None], learning_rate
+      )
+
+    value, push = jax.linearize(update, jnp.zeros(components))
+    jacobian = jax.lax.map(push, jnp.eye(components), batch_size=50)
+    rows = [j.reshape(components, -1) for j in jax.tree.leaves(jacobian)]
+    grams = jnp.stack([row @ row.T for row in rows])
+    signal = jnp.stack(
+      [jnp.mean(jnp.square(leaf)) for leaf in jax.tree.leaves(value)]
+    )
+    return grams, signal
+
+  names = tuple(trees.leaf_names(params))
+  found = []
+  for image, label in zip(x, y, strict=True):
+    grams, signal = condense(params, jnp.asarray(image), jnp.asarray(label))
+    found.append(
+      Sensitivity(
+        names,
+        np.asarray(grams),
+        np.asarray(signal),
+        deviation[chosen] ** 2,
+        float(np.sum(deviation[others] ** 2)),
+        pixels,
+      )
+    )
+  return found
+
+
+def expected_psnr_db(
+  sensitivities: Sequence[Sensitivity], noise: np.ndarray
+) -> np.ndarray:
+  """PSNR that the maximum a posteriori attack is expected to reach.
+
+  The posterior covariance is (sum over leaves of G_l / noise_l + I)^-1 in
+  whitened coordinates; its trace, weighted by the variances, is the
+  expected squared error.
+
+  Args:
+    sensitivities: one an image.
+    noise: [images, leaves] float, mean squared error of each leaf's decoded
+      entries (as `Bins.variance`, averaged); infinite for a leaf that is not
+      sent.
+
+  Returns:
+    [images] float64, dB.
+  """
+  result = []
+  for image, variance in zip(sensitivities, noise, strict=True):
+    floor = _RESOLUTION**2 * image.signal + 1e-30
+    weight = 1.0 / (np.asarray(variance, np.float64) + floor)
+    precision = np.tensordot(weight, image.grams.astype(np.float64), 1)
+    precision[np.diag_indices_from(precision)] += 1.0
+    factor, info = scipy.linalg.lapack.dpotrf(precision, lower=1)
+    if info:
+      raise FloatingPointError("the posterior precision is not positive")
+    inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=1)
+    error = np.sum(np.diag(inverse) * image.variance) + image.rest
+    result.append(-10 * np.log10(error / image.pixels))
+  return np.array(result)
