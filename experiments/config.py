@@ -155,12 +155,39 @@ def from_flags(values: flags.FlagValues) -> Config:
   given: dict[str, Any] = {
     field.name: values[field.name].value for field in dataclasses.fields(Config)
   }
+  return _resolve(given)
+
+
+def _resolve(given: dict[str, Any]) -> Config:
   for name in ("defense", "attack", "attack_knowledge"):
     given[name] = tuple(specs.split(given[name]))
-  given["attack_rounds"] = _numbers("attack_rounds", given["attack_rounds"])
+  given["attack_rounds"] = _numbers(
+    "attack_rounds", str(given["attack_rounds"])
+  )
   config = Config(**given)
   _check(config)
   return config
+
+
+def make(**changes: Any) -> Config:
+  """A config from Python: the flags' defaults with some values changed.
+
+  Args:
+    **changes: values by flag name, as the command line would have them; lists
+      may be tuples.
+
+  Raises:
+    UserError: no such flag, or a value that no run can have.
+  """
+  known = [field.name for field in dataclasses.fields(Config)]
+  for name in changes:
+    if name not in known:
+      raise errors.unknown_name("flag", name, known)
+  given = {name: flags.FLAGS[name].default for name in known} | {
+    name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    for name, value in changes.items()
+  }
+  return _resolve(given)
 
 
 def _check(config: Config) -> None:

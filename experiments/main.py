@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import pathlib
 import sys
 
 from absl import app, flags
@@ -51,8 +52,18 @@ def execute(argv: list[str]) -> int:
   return 0
 
 
-def run(values: config.Config) -> None:
-  """Builds everything, makes the run's folder, runs, reports."""
+def run(values: config.Config) -> pathlib.Path:
+  """Builds everything, makes the run's folder, runs, reports.
+
+  Args:
+    values: from `config.from_flags` or `config.make`.
+
+  Returns:
+    The run's folder.
+
+  Raises:
+    UserError: a mistake, found before the folder is made.
+  """
   built = setting.build(values)
   for spec in values.attack:
     adversary.make(spec, built.model, (1, 1))
@@ -72,6 +83,7 @@ def run(values: config.Config) -> None:
   folder.write_json(run_dir / "summary.json", summary)
   page = html.write(run_dir)
   print(f"{tables.markdown(summary)}\nThe report is {page}")
+  return run_dir
 
 
 def _parse(argv: list[str]) -> list[str]:
