@@ -108,7 +108,7 @@ def visited(
   shape: tuple[int, int],
 ) -> np.ndarray:
   """Rows of the training set that a client's update is made of, in order."""
-  batches = federated.client_keys(round_key, client)[0]
+  batches = federated.client_keys(round_key, client).batches
   # A gradient over all of the client's data is one step of many batches.
   rows, mask = schedule.rows(
     batches,

@@ -30,6 +30,11 @@ def run(
   """
   begin = time.perf_counter()
   params = built.model.init(setting.key(config, setting.WEIGHTS))
+  # The clients start from what the downlink's codec makes of the model.
+  message, _ = built.downlink.encode(
+    setting.key(config, setting.DOWNLINK), params, built.downlink.init(params)
+  )
+  params = built.downlink.decode(message)
   watched: list[adversary.Watched] = []
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:

@@ -7,12 +7,20 @@ from typing import Any
 
 from absl import flags
 
+from mpqfl_jax import (
+  aggregate,
+  datasets,
+  errors,
+  federated,
+  models,
+  partition,
+  specs,
+)
 from mpqfl_jax import attacks as attacks_lib
-from mpqfl_jax import datasets, errors, federated, models, partition, specs
 
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
 TASKS = ("train", "attack")
-ALGORITHMS = ("fed_avg", "fed_sgd")
+ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox")
 KNOWLEDGE = ("blind", "adaptive")
 DATASETS = (*datasets.SAMPLES, *datasets.FULL_SETS)
 
@@ -58,7 +66,8 @@ def _define() -> None:
     "algorithm",
     "fed_avg",
     ALGORITHMS,
-    "Local SGD, or one gradient over a client's data.",
+    "Local SGD; one gradient over a client's data; local SGD near the global"
+    " model.",
   )
   f.DEFINE_string(
     "server_optimizer",
@@ -66,6 +75,20 @@ def _define() -> None:
     f"Applied to the mean update: {', '.join(federated.SERVER_OPTIMIZERS)}.",
   )
   f.DEFINE_float("server_lr", 1.0, "The server's step size.", 0.0)
+  f.DEFINE_float(
+    "prox_mu", 0.01, "Weight of FedProx's proximal term (fed_prox).", 0.0
+  )
+  f.DEFINE_string(
+    "aggregator",
+    "mean",
+    f"{', '.join(aggregate.AGGREGATORS)}, with (key=value,...).",
+  )
+  f.DEFINE_float(
+    "dropout", 0.0, "Probability that an update does not arrive.", 0.0, 1.0
+  )
+  f.DEFINE_string(
+    "downlink", "none", "Codec of the broadcast model, as in --defense."
+  )
   f.DEFINE_integer("eval_every", 1, "Rounds from one test to the next.", 1)
 
   f.DEFINE_string(
@@ -132,6 +155,10 @@ class Config:
   algorithm: str
   server_optimizer: str
   server_lr: float
+  prox_mu: float
+  aggregator: str
+  dropout: float
+  downlink: str
   eval_every: int
   defense: tuple[str, ...]
   delta: float

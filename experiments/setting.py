@@ -9,6 +9,7 @@ import optax
 
 from experiments.config import Config, images
 from mpqfl_jax import (
+  aggregate,
   datasets,
   defenses,
   engine,
@@ -17,12 +18,13 @@ from mpqfl_jax import (
   models,
   partition,
   precision,
+  specs,
 )
-from mpqfl_jax.types import Model, Params
+from mpqfl_jax.types import Codec, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
 PARTITION, SAMPLING, NOISE_IMAGES = range(3)
-WEIGHTS, ROUNDS, ATTACKS = range(3)
+WEIGHTS, ROUNDS, ATTACKS, DOWNLINK = range(4)
 
 
 class Setting(NamedTuple):
@@ -38,6 +40,8 @@ class Setting(NamedTuple):
     clients: who holds which examples.
     template: shapes of the parameters.
     defenses: in the order of the flag.
+    aggregator: how the server combines updates.
+    downlink: how the global model reaches the clients.
     float32_bytes: what an update costs without a codec, header included.
   """
 
@@ -50,6 +54,8 @@ class Setting(NamedTuple):
   clients: partition.Partition
   template: Params
   defenses: list[defenses.Defense]
+  aggregator: aggregate.Aggregator
+  downlink: Codec
   float32_bytes: int
 
 
@@ -106,7 +112,12 @@ def build(config: Config) -> Setting:
   if config.algorithm == "fed_sgd":
     training = local.gradient(net, config.client_lr, schedule)
   else:
-    training = local.sgd(net, optax.sgd(config.client_lr), schedule)
+    training = local.sgd(
+      net,
+      optax.sgd(config.client_lr),
+      schedule,
+      config.prox_mu if config.algorithm == "fed_prox" else 0.0,
+    )
   return Setting(
     data,
     net,
@@ -117,8 +128,21 @@ def build(config: Config) -> Setting:
     clients,
     template,
     built,
+    aggregate.make(config.aggregator),
+    _downlink(config, template),
     message_bytes(template),
   )
+
+
+def _downlink(config: Config, template: Params) -> Codec:
+  name, options = specs.parse(config.downlink)
+  codec = precision.make(name, template, **options)
+  if jax.tree.leaves(jax.eval_shape(codec.init, template)):
+    raise errors.UserError(
+      f"--downlink={config.downlink} keeps a state for each client, which the"
+      " broadcast has not. Expected a codec without one, such as int8."
+    )
+  return codec
 
 
 def message_bytes(template: Params) -> int:

@@ -12,7 +12,7 @@ from experiments import adversary, folder, setting, summary
 from experiments.config import Config
 from mpqfl_jax import engine, federated
 from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Cohort, Examples
+from mpqfl_jax.types import Cohort, Examples, RoundAux
 
 
 def run(
@@ -97,10 +97,13 @@ def _train(
 ) -> tuple[dict[str, Any], list[adversary.Watched]]:
   algorithm = federated.federated(
     built.model,
-    built.training,
-    defense.transform,
-    defense.codec,
+    federated.client_turn(
+      built.training, defense.transform, defense.codec, config.dropout
+    ),
+    lambda params: (defense.transform.init(params), defense.codec.init(params)),
+    built.downlink,
     federated.server_optimizer(config.server_optimizer, config.server_lr),
+    built.aggregator,
     config.num_clients,
     built.plan,
     built.mesh,
@@ -131,45 +134,43 @@ def _train(
       )
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
-    before = state
     state, aux = round_fn(state, examples, *args)
-    aux = jax.device_get(aux)
+    clients = jax.device_get(aux.clients)
     if (ids >= 0).any():
       kept += _keep(
         config,
         built,
         defense,
-        before,
         examples,
         cohort,
         ids,
         args[-1],
-        aux.payloads,
+        aux,
         round_number,
       )
     test = round_number % config.eval_every == 0
     if test or round_number == config.rounds:
       loss, accuracy = evaluate(state.params)
       bar.set_postfix(accuracy=f"{accuracy:.1%}")
-    participations[cohort.client_id] += 1
-    sent = int(aux.uplink_bytes.sum(dtype=np.int64))
+    participations[cohort.client_id] += clients.arrived
+    sent = int(clients.uplink_bytes.sum(dtype=np.int64))
     uplink += sent
-    weight = cohort.size * aux.accepted
+    weight = cohort.size * clients.accepted
     folder.append_line(
       run_dir / "metrics.jsonl",
       {
         "defense": defense.spec,
         "round": round_number,
         "train_loss": folder.number(
-          np.sum(weight * np.where(aux.accepted, aux.loss, 0))
+          np.sum(weight * np.where(clients.accepted, clients.loss, 0))
           / max(weight.sum(), 1)
         ),
         "test_loss": folder.number(loss),
         "test_accuracy": folder.number(accuracy),
         "uplink_bytes": sent,
-        "downlink_bytes": config.cohort_size * built.float32_bytes,
-        "participants": int(aux.accepted.sum()),
-        "rejected": int((~aux.accepted & (cohort.size > 0)).sum()),
+        "downlink_bytes": config.cohort_size * int(aux.downlink_bytes),
+        "participants": int(clients.accepted.sum()),
+        "rejected": int((~clients.accepted & clients.arrived).sum()),
         "seconds": time.perf_counter() - start,
       },
     )
@@ -181,7 +182,7 @@ def _train(
   entry = {
     "test_accuracy": folder.number(accuracy),
     "final_params_sha256": summary.params_sha256(state.params),
-    "uplink_bytes_per_client": uplink / (config.rounds * config.cohort_size),
+    "uplink_bytes_per_client": uplink / max(int(participations.sum()), 1),
     "epsilon": epsilon,
     "delta": config.delta if epsilon is not None else None,
     "seconds": time.perf_counter() - begin - compile_seconds,
@@ -191,14 +192,25 @@ def _train(
 
 
 def _keep(
-  config, built, defense, before, examples, cohort, ids, key, payloads, number
+  config: Config,
+  built: setting.Setting,
+  defense: Defense,
+  examples: Examples,
+  cohort: Cohort,
+  ids: np.ndarray,
+  key: jax.Array,
+  aux: RoundAux,
+  round_number: int,
 ) -> list[adversary.Watched]:
-  params = jax.device_get(before.params)
+  """What the server keeps of the watched clients whose updates arrived."""
+  params, payloads = jax.device_get((aux.broadcast, aux.payloads))
+  arrived = np.asarray(aux.clients.arrived)
   kept = []
-  for slot, client in enumerate(ids):
-    if client < 0:
-      continue
+  for slot in np.flatnonzero(ids >= 0):
+    client = int(ids[slot])
     place = int(np.flatnonzero(cohort.client_id == client)[0])
+    if not arrived[place]:
+      continue
     offset, size = int(cohort.offset[place]), int(cohort.size[place])
     shape = setting.update_shape(config, built.schedule, size)
     assert shape is not None  # choose_watched picked it
@@ -209,8 +221,8 @@ def _keep(
     kept.append(
       adversary.Watched(
         defense=defense,
-        round=number,
-        client=int(client),
+        round=round_number,
+        client=client,
         params=params,
         message=defense.codec.pack(payload),
         split="train",

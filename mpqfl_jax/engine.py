@@ -25,7 +25,6 @@ from mpqfl_jax.types import (
   Params,
   Payload,
   PyTree,
-  RoundAux,
   Update,
 )
 
@@ -124,6 +123,7 @@ class ClientOutput(NamedTuple):
     state: the client's new state.
     finite: [] bool, whether what the client wanted to send was finite; the
       wire carries finite values only, so that the codec has to drop the rest.
+    arrived: [] bool, False for a client that dropped out on the way.
     loss: [] float32, mean local training loss.
     uplink_bytes: [] int32, length of the packed payload.
   """
@@ -132,6 +132,7 @@ class ClientOutput(NamedTuple):
   payload: Payload
   state: PyTree
   finite: Array
+  arrived: Array
   loss: Array
   uplink_bytes: Array
 
@@ -140,12 +141,39 @@ class ClientOutput(NamedTuple):
 ClientFn = Callable[[Params, Examples, Cohort, PyTree, Key], ClientOutput]
 
 
-class CohortResult(NamedTuple):
-  """The mean of the accepted updates, the clients' new states, the report."""
+class ClientReport(NamedTuple):
+  """What the cohort's clients report, each [clients] in its order.
 
-  mean: Update
+  Attributes:
+    loss: float32, mean local training loss.
+    update_norm: float32, L2 norm of the decoded update.
+    uplink_bytes: int32, length of the packed payload, 0 where none arrived.
+    accepted: bool, took part in the aggregate.
+    arrived: bool, did not drop out.
+  """
+
+  loss: Array
+  update_norm: Array
+  uplink_bytes: Array
+  accepted: Array
+  arrived: Array
+
+
+class CohortResult(NamedTuple):
+  """The aggregate, the clients' new states, their report.
+
+  Attributes:
+    update: the aggregate of the accepted updates, zero where there is none.
+    states: [clients, ...].
+    report: of the clients.
+    payloads: of the watched clients, leading axis [watched], zeros for one that
+      is not in the cohort.
+  """
+
+  update: Update
   states: PyTree
-  aux: RoundAux
+  report: ClientReport
+  payloads: Payload
 
 
 def pad(cohort: Cohort, multiple: int) -> Cohort:
@@ -159,13 +187,20 @@ def pad(cohort: Cohort, multiple: int) -> Cohort:
   )
 
 
-def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
-  """Builds the compiled part of a round: all clients, then the mean.
+def run_cohort(
+  client_fn: ClientFn,
+  plan: Plan,
+  mesh: Mesh,
+  aggregator: aggregate.Aggregator,
+) -> Callable:
+  """Builds the compiled part of a round: all clients, then the aggregate.
 
   Args:
     client_fn: one client's turn.
     plan: how many clients run side by side on a device.
     mesh: the devices.
+    aggregator: the weighted mean, or a robust aggregate, which keeps every
+      update of the round.
 
   Returns:
     (params, examples, cohort, states[clients, ...], watched[watched], key) ->
@@ -174,8 +209,8 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
 
   def turn(params, examples, client, state, key):
     out = client_fn(params, examples, client, state, key)
-    weight = jnp.where(out.finite, client.size, 0).astype(jnp.float32)
-    return out, weight
+    weight = jnp.where(out.finite & out.arrived, client.size, 0)
+    return out, weight.astype(jnp.float32)
 
   def one(params, examples, key, total, client, state):
     out, weight = turn(params, examples, client, state, key)
@@ -206,8 +241,10 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
       total, out, weight = step(params, examples, key, total, client, state)
       slots = _record(slots, out.payload, client.client_id, watched)
       norms = jnp.sqrt(_per_client_squared_norm(out.update, weight.ndim))
-      report = (out.loss, norms, out.uplink_bytes, weight > 0)
-      return (total, total_weight + jnp.sum(weight), slots), (out.state, report)
+      report = (out.loss, norms, out.uplink_bytes, weight > 0, out.arrived)
+      kept = () if aggregator.combine is None else (out.update, weight)
+      carry = (total, total_weight + jnp.sum(weight), slots)
+      return carry, (out.state, report, kept)
 
     payload = jax.eval_shape(
       lambda c, s: step(params, examples, key, params, c, s)[1].payload,
@@ -220,29 +257,25 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
       payload,
     )
     start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), slots)
-    (total, total_weight, slots), (states, report) = lax.scan(
+    (total, total_weight, slots), per_client = lax.scan(
       body, start, (cohort, states)
     )
-    states, report = jax.tree.map(
+    states, report, kept = jax.tree.map(
       lambda leaf: leaf.reshape(count, *leaf.shape[1 + int(size > 1) :]),
-      (states, report),
+      per_client,
     )
     mean = aggregate.mean(lax.psum(total, AXIS), lax.psum(total_weight, AXIS))
     # A client runs on one device: everywhere else its slot is zero, so that a
     # sum of bits hands the payload over exactly.
     slots = jax.tree.map(_psum_bits, slots)
-    return mean, states, RoundAux._make((*report, slots))
+    return mean, (states, report, kept), slots
 
   split, whole = PartitionSpec(AXIS), PartitionSpec()
   sharded = jax.shard_map(
     on_device,
     mesh=mesh,
     in_specs=(whole, whole, split, split, whole, whole),
-    out_specs=(
-      whole,
-      split,
-      RoundAux._make((split, split, split, split, whole)),
-    ),
+    out_specs=(whole, split, whole),
     # The carries start as replicated zeros and end as each device's own.
     check_vma=False,
   )
@@ -259,10 +292,13 @@ def run_cohort(client_fn: ClientFn, plan: Plan, mesh: Mesh) -> Callable:
       ),
       states,
     )
-    mean, states, aux = sharded(params, examples, padded, states, watched, key)
-    cut = functools.partial(jax.tree.map, lambda leaf: leaf[:count])
-    aux = cut(aux)._replace(payloads=aux.payloads)
-    return CohortResult(mean, cut(states), aux)
+    update, per_client, payloads = sharded(
+      params, examples, padded, states, watched, key
+    )
+    states, report, kept = jax.tree.map(lambda leaf: leaf[:count], per_client)
+    if aggregator.combine is not None:
+      update = aggregator.combine(*kept)
+    return CohortResult(update, states, ClientReport(*report), payloads)
 
   return run
 

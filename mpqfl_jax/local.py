@@ -121,16 +121,22 @@ LocalTraining = Callable[[Params, Examples, Array, Array, Key], ClientResult]
 
 
 def sgd(
-  model: Model, optimizer: optax.GradientTransformation, schedule: Schedule
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  prox_mu: float = 0.0,
 ) -> LocalTraining:
-  """Local training: FedAvg's client update.
+  """Local training: FedAvg's client update, or FedProx's.
 
-  Source: McMahan et al. 2017, algorithm 1, ClientUpdate.
+  Source: McMahan et al. 2017, algorithm 1, ClientUpdate; with `prox_mu`, Li et
+  al. 2020 (FedProx), equation 2.
 
   Args:
     model: the classifier.
     optimizer: the client's optimiser; its state starts afresh each round.
     schedule: epochs or steps, and the batch size.
+    prox_mu: weight of the proximal term, mu / 2 times the squared distance to
+      the global model.
 
   Returns:
     (params, examples, offset [], size [], key) -> ClientResult.
@@ -146,6 +152,9 @@ def sgd(
     def step(carry, _, rows, mask):
       local, state, loss, count = carry
       value, grad = jax.value_and_grad(batch_loss)(local, rows, mask)
+      if prox_mu:
+        pull = trees.scale(prox_mu, trees.subtract(local, params))
+        grad = trees.add(grad, pull)
       change, state = optimizer.update(grad, state, local)
       local = optax.apply_updates(local, change)
       seen = jnp.sum(mask)

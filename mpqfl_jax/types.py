@@ -86,21 +86,20 @@ class ClientResult(NamedTuple):
 
 
 class RoundAux(NamedTuple):
-  """What a round reports about its clients, in the cohort's order.
+  """What a round reports.
 
   Attributes:
-    loss: [clients], float32, mean local training loss.
-    update_norm: [clients], float32, L2 norm of the decoded update.
-    uplink_bytes: [clients], int32, length of the packed payload.
-    accepted: [clients], bool: took part in the mean.
+    clients: an `engine.ClientReport`: losses, norms, bytes, who took part.
     payloads: the watched clients' payloads, leading axis [watched].
+    broadcast: the parameters that the clients started from: the global model as
+      it came out of the downlink's codec.
+    downlink_bytes: [] int32, length of the message that each client received.
   """
 
-  loss: Array
-  update_norm: Array
-  uplink_bytes: Array
-  accepted: Array
+  clients: Any
   payloads: Payload
+  broadcast: Params
+  downlink_bytes: Array
 
 
 class FederatedAlgorithm(NamedTuple):

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import engine, federated, local, precision, transforms
+from mpqfl_jax import (
+  aggregate,
+  engine,
+  federated,
+  local,
+  precision,
+  transforms,
+)
 from mpqfl_jax.types import Cohort, Examples, Model
 
 SHAPE, CLASSES = (3, 2, 1), 4
@@ -50,15 +57,21 @@ def algorithm(
   codec: str = "none",
   transform=None,
   server=("sgd", 1.0),
+  aggregator: str = "mean",
+  dropout: float = 0.0,
+  downlink: str = "none",
 ):
   net = model()
   params = net.init(jax.random.key(0))
+  transform = transform or transforms.identity()
+  up, down = precision.make(codec, params), precision.make(downlink, params)
   return federated.federated(
     net,
-    training,
-    transform or transforms.identity(),
-    precision.make(codec, params),
+    federated.client_turn(training, transform, up, dropout),
+    lambda params: (transform.init(params), up.init(params)),
+    down,
     federated.server_optimizer(*server),
+    aggregate.make(aggregator),
     len(SIZES),
     engine.plan(plan, "cpu"),
     engine.mesh(devices),

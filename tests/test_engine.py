@@ -1,5 +1,7 @@
 """Plans and devices agree; watching and padding change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,13 @@ def _training():
   return local.sgd(small.model(), optax.sgd(0.3), schedule)
 
 
+@functools.cache
+def _algorithm(plan, devices, **options):
+  return small.algorithm(_training(), plan, devices, **options)
+
+
 def _round(plan="loop", devices=1, ids=IDS, watched=NOBODY, **options):
-  algorithm = small.algorithm(_training(), plan, devices, **options)
+  algorithm = _algorithm(plan, devices, **options)
   state = algorithm.init(jax.random.key(0))
   return algorithm.round(
     state, small.examples(), small.cohort(ids), watched, jax.random.key(5)
@@ -56,8 +63,8 @@ def test_plans_and_devices_agree(plan, devices, codec, one_at_a_time):
   # Codes are equal up to a rounding that falls on a boundary; with these seeds
   # none does, so what remains is the order of the sum.
   _assert_equal(state.params, base.params, atol=1e-6)
-  _assert_equal(aux.uplink_bytes, base_aux.uplink_bytes)
-  _assert_equal(aux.loss, base_aux.loss, atol=1e-6)
+  _assert_equal(aux.clients.uplink_bytes, base_aux.clients.uplink_bytes)
+  _assert_equal(aux.clients.loss, base_aux.clients.loss, atol=1e-6)
 
 
 def test_weighted_mean_equals_numpy():
@@ -65,8 +72,8 @@ def test_weighted_mean_equals_numpy():
   params = small.model().init(jax.random.key(0))
   total, weight = None, 0
   for client in IDS:
-    batches = federated.client_keys(jax.random.key(5), client)[0]
-    update = training(
+    batches = federated.client_keys(jax.random.key(5), client).batches
+    update = jax.jit(training)(
       params,
       small.examples(),
       jnp.int32(small.OFFSETS[client]),
@@ -140,7 +147,7 @@ def test_an_update_that_is_not_finite_is_rejected(plan):
 
   poison = transforms.identity()._replace(init=lambda params: (), apply=apply)
   state, aux = _round(plan, 2, transform=poison)
-  accepted = np.asarray(aux.accepted)
+  accepted = np.asarray(aux.clients.accepted)
   assert 0 < accepted.sum() < len(IDS)
   kept = [client for client, ok in zip(IDS, accepted, strict=True) if ok]
   clean, _ = _round(plan, 1, ids=kept)
@@ -154,7 +161,7 @@ def test_a_round_that_nobody_survives_changes_nothing():
 
   poison = transforms.identity()._replace(init=lambda params: (), apply=apply)
   state, aux = _round(transform=poison)
-  assert not np.any(aux.accepted)
+  assert not np.any(aux.clients.accepted)
   _assert_equal(state.params, small.model().init(jax.random.key(0)))
 
 
@@ -176,6 +183,86 @@ def test_client_state_stays_with_its_client():
     )
   counts = np.asarray(jax.tree.leaves(state.client_states)[0])
   assert counts.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("plan", ["loop", "chunk(size=3)"])
+def test_robust_aggregates_see_every_update(plan):
+  """The median of the rounds in which each client is alone."""
+  start = small.model().init(jax.random.key(0))
+  alone = [
+    jax.tree.map(
+      lambda a, b: np.asarray(a - b), start, _round(ids=[c])[0].params
+    )
+    for c in IDS
+  ]
+  want = jax.tree.map(lambda *u: np.median(np.stack(u), axis=0), *alone)
+  state, _ = _round(plan, 2, aggregator="median")
+  got = jax.tree.map(lambda a, b: a - b, start, state.params)
+  _assert_equal(got, want, atol=1e-6)
+
+
+def test_who_drops_out_leaves_no_trace():
+  def apply(key, update, state):
+    del key
+    return update, state + 1
+
+  counter = transforms.identity()._replace(
+    init=lambda params: jnp.int32(0), apply=apply
+  )
+  state, aux = _round(devices=2, dropout=0.5, transform=counter)
+  arrived = np.asarray(aux.clients.arrived)
+  assert 0 < arrived.sum() < len(IDS)
+  there = [c for c, ok in zip(IDS, arrived, strict=True) if ok]
+  clean, _ = _round(ids=there)
+  _assert_equal(state.params, clean.params, atol=1e-6)
+  assert np.all((np.asarray(aux.clients.uplink_bytes) > 0) == arrived)
+  counts = np.asarray(jax.tree.leaves(state.client_states)[0])
+  assert sorted(np.flatnonzero(counts)) == sorted(there)
+
+
+def test_dropout_has_its_rate():
+  dropped = 0
+  algorithm = small.algorithm(_training(), dropout=0.3)
+  state = algorithm.init(jax.random.key(0))
+  everyone = small.cohort(range(len(small.SIZES)))
+  for r in range(60):
+    _, aux = algorithm.round(
+      state,
+      small.examples(),
+      everyone,
+      NOBODY,
+      jax.random.fold_in(jax.random.key(2), r),
+    )
+    dropped += int((~aux.clients.arrived).sum())
+  n = 60 * len(small.SIZES)
+  # Four standard errors: a false alarm in one of 15,000 seeds.
+  assert abs(dropped / n - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
+
+
+def test_clients_start_from_the_decoded_broadcast():
+  state, aux = _round(downlink="int4")
+  params = small.model().init(jax.random.key(0))
+  codec = precision.make("int4", params)
+  payload, _ = codec.encode(jax.random.key(0), params, codec.init(params))
+  decoded = codec.decode(payload)
+  _assert_equal(aux.broadcast, decoded)
+  assert int(aux.downlink_bytes) == len(codec.pack(payload))
+  assert any(
+    np.any(a != b)
+    for a, b in zip(
+      jax.tree.leaves(decoded), jax.tree.leaves(params), strict=True
+    )
+  )
+  # The update is relative to the broadcast, the step is the server's own.
+  algorithm = small.algorithm(_training())
+  there = algorithm.init(jax.random.key(0))._replace(params=decoded)
+  moved, _ = algorithm.round(
+    there, small.examples(), small.cohort(IDS), NOBODY, jax.random.key(5)
+  )
+  want = jax.tree.map(
+    lambda p, d, m: p - (d - m), params, decoded, moved.params
+  )
+  _assert_equal(state.params, want, atol=1e-6)
 
 
 def test_evaluate_equals_numpy():

@@ -62,6 +62,48 @@ def test_fed_avg_of_one_full_batch_step_is_fed_sgd():
   _assert_close(path, _central(0.5))
 
 
+def test_fed_prox_without_weight_is_fed_avg():
+  schedule = local.Schedule(batch_size=3, max_examples=10, epochs=2)
+  model, rate = small.model(), optax.sgd(0.5)
+  _assert_close(
+    _rounds(local.sgd(model, rate, schedule, prox_mu=0.0)),
+    _rounds(local.sgd(model, rate, schedule)),
+    atol=0,
+  )
+
+
+def test_the_proximal_term_in_closed_form():
+  # One example, full batches: with d = params - local, each step adds
+  # rate * (gradient at the local model - mu d) to d.
+  mu, rate, client = 0.7, 0.5, 1
+  schedule = local.Schedule(batch_size=3, max_examples=10, steps=3)
+  model, data = small.model(), small.examples()
+  params = model.init(jax.random.key(0))
+  row = int(data.order[small.OFFSETS[client]])
+  x = data.x[row : row + 1].astype(jnp.float32) / 255
+
+  def loss(p):
+    return optax.softmax_cross_entropy_with_integer_labels(
+      model.apply(p, x), data.y[row : row + 1]
+    ).mean()
+
+  moved = jax.tree.map(jnp.zeros_like, params)
+  for _ in range(3):
+    here = jax.tree.map(lambda p, d: p - d, params, moved)
+    moved = jax.tree.map(
+      lambda d, g: d + rate * (g - mu * d), moved, jax.grad(loss)(here)
+    )
+  training = local.sgd(model, optax.sgd(rate), schedule, prox_mu=mu)
+  result = jax.jit(training)(
+    params,
+    data,
+    jnp.int32(small.OFFSETS[client]),
+    jnp.int32(1),
+    jax.random.key(0),
+  )
+  _assert_close(result.update, moved)
+
+
 @pytest.mark.parametrize("name", list(federated.SERVER_OPTIMIZERS))
 def test_first_server_step_in_closed_form(name):
   # From Reddi et al. 2021, algorithm 2, with optax's bias correction: m-hat is
