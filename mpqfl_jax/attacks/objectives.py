@@ -165,12 +165,18 @@ def log_likelihood(
     above = jnp.minimum(above, 1e6)
     below = jnp.minimum(below, 1e6)
     flat = jax.nn.log_sigmoid(above) + jax.nn.log_sigmoid(below)
-    step = jnp.where(jnp.isfinite(width), 0.5 * width, 0.0) + scale
-    soft_step = jnp.minimum(scale / step + _SOFT_EDGE, 1.0)
-    margin = (1.0 - jnp.abs(u - v) / step) / soft_step
-    drawn = jnp.log(soft_step) + _log_softplus(margin)
+    # A code at the end of the grid also takes what lies beyond: no bound there.
+    down = jnp.where(jnp.isfinite(low), v - low, 0.0) + scale
+    up = jnp.where(jnp.isfinite(high), high - v, 0.0) + scale
+    far = jnp.where(
+      u < v,
+      jnp.where(jnp.isfinite(low), (v - u) / down, 0.0),
+      jnp.where(jnp.isfinite(high), (u - v) / up, 0.0),
+    )
+    soft_step = jnp.minimum(scale / jnp.maximum(down, up) + _SOFT_EDGE, 1.0)
+    drawn = jnp.log(soft_step) + _log_softplus((1.0 - far) / soft_step)
     free = -0.5 * jnp.square(u - v) / (variance + scale**2)
-    inside = jnp.where(stochastic & jnp.isfinite(width), drawn, flat)
+    inside = jnp.where(stochastic, drawn, flat)
     return jnp.sum(jnp.where(bounded, inside, free))
 
   bins = observation.bins
