@@ -9,9 +9,9 @@ memory, where codes that lie next to each other in a byte would need strided
 loads.
 
 Three-valued codes take a fifth of a byte each: five runs as the digits of a
-number in base 3, the first run its lowest digit (3^5 = 243 <= 256). Codes of
-more than 256 levels are stored as all their low bytes, then their high parts as
-codes of their own.
+number in base 3, the first run its lowest digit (3^5 = 243 <= 256). Codes of 16
+bits stay as they are; those of 9 to 15 bits are stored as all their low bytes,
+then their high parts as codes of their own.
 """
 
 import math
@@ -33,11 +33,18 @@ def width_of(levels: int) -> int:
 
 
 def packed_size(count: int, levels: int) -> int:
-  """Bytes that `pack` makes of `count` codes."""
+  """Length of the array that `pack` makes of `count` codes."""
+  if width_of(levels) == 16:
+    return count
   if levels > 256:
     return count + packed_size(count, high_levels(levels))
   planes, group = _group(levels)
   return -(-count // planes) * group
+
+
+def packed_type(levels: int) -> np.dtype:
+  """Type of the array that `pack` makes: bytes, but for codes of 16 bits."""
+  return np.dtype(np.uint16 if width_of(levels) == 16 else np.uint8)
 
 
 def high_levels(levels: int) -> int:
@@ -49,13 +56,15 @@ def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   """Packs codes into bytes.
 
   Args:
-    codes: [count], unsigned, each below `levels`.
+    codes: [count], uint8, or uint16 for more than 256 levels; below `levels`.
     levels: how many different codes there are, 2 to 65536.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
 
   Returns:
-    [packed_size(count, levels)], uint8.
+    [packed_size(count, levels)], `packed_type(levels)`.
   """
+  if width_of(levels) == 16:
+    return codes
   if levels > 256:
     high = (codes >> 8).astype(xp.uint8)
     low = (codes & 255).astype(xp.uint8)
@@ -89,7 +98,7 @@ def unpack(
   """Undoes `pack`.
 
   Args:
-    packed: [packed_size(count, levels)], uint8.
+    packed: [packed_size(count, levels)], `packed_type(levels)`.
     count: number of codes.
     levels: as in `pack`.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
@@ -98,6 +107,8 @@ def unpack(
     [count], uint8, or uint16 for more than 256 levels. Bytes that `pack` did
     not write may give codes of `levels` and above.
   """
+  if width_of(levels) == 16:
+    return packed
   if levels > 256:
     low = packed[:count].astype(xp.uint16)
     high = unpack(packed[count:], count, high_levels(levels), xp)
@@ -105,30 +116,35 @@ def unpack(
   planes, group = _group(levels)
   if planes == 1:
     return packed
-  run = -(-count // planes)
-  runs = []
   if levels == 3:
-    rest = packed
+    runs = []
     for _ in range(planes - 1):
-      third = rest // np.uint8(3)
-      runs.append(rest - third * np.uint8(3))
-      rest = third
-    runs.append(rest)
-  else:
-    width = width_of(levels)
-    mask = np.uint8((1 << width) - 1)
-    groups = packed.reshape(group, run)
-    for i in range(planes):
-      value = xp.zeros((run,), xp.uint8)
-      for byte in range(group):
-        if -width < i * width - 8 * byte < 8:
-          value = value | _shift(groups[byte], 8 * byte - i * width)
-      runs.append(value & mask)
+      third = packed // np.uint8(3)
+      runs.append(packed - third * np.uint8(3))
+      packed = third
+    return xp.concatenate([*runs, packed])[:count]
+  width = width_of(levels)
+  mask = np.uint8((1 << width) - 1)
+  if group == 1:
+    # Broadcasting, not one slice a run: compilers keep such a pass in one loop
+    # with whatever shape the codes take next.
+    shifts = (width * np.arange(planes)).astype(np.uint8)[:, None]
+    return ((packed[None] >> shifts) & mask).reshape(-1)[:count]
+  groups = packed.reshape(group, -1)
+  runs = []
+  for i in range(planes):
+    value = xp.zeros(groups.shape[1], xp.uint8)
+    for byte in range(group):
+      if -width < i * width - 8 * byte < 8:
+        value = value | _shift(groups[byte], 8 * byte - i * width)
+    runs.append(value & mask)
   return xp.concatenate(runs)[:count]
 
 
 def padding_is_zero(packed: np.ndarray, count: int, levels: int) -> bool:
   """Whether the codes that only fill up the last groups are all zero."""
+  if width_of(levels) == 16:
+    return True
   if levels > 256:
     return padding_is_zero(packed[count:], count, high_levels(levels))
   planes, group = _group(levels)

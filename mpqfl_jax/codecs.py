@@ -165,7 +165,7 @@ def fields_of(
       wire.Field(name, np.dtype(side.dtype), (blocks,), side.check)
       for name, side in numeric.side.items()
     ),
-    wire.Field("codes", np.dtype(np.uint8), (size,), check),
+    wire.Field("codes", bitpack.packed_type(levels), (size,), check),
   ]
 
 

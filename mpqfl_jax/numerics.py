@@ -434,11 +434,19 @@ def nf4() -> Numerics:
   """
   middle = (NF4[1:] + NF4[:-1]) / 2
   edges = jnp.asarray(np.concatenate([[-1], middle, [1]]), jnp.float32)
-  book = jnp.asarray(NF4)
 
   def encode(y, side, uniform):
     unit = y / side["scale"]
-    return sum((unit > edge).astype(jnp.uint8) for edge in middle)
+    return sum((unit > edge).astype(jnp.int32) for edge in middle)
+
+  def decode(codes, side, uniform):
+    # A tree of selections; gathers are scalar code on a CPU.
+    level = list(NF4)
+    for bit in range(4):
+      odd = (codes >> bit) & 1 == 1
+      pairs = zip(level[1::2], level[::2], strict=True)
+      level = [jnp.where(odd, one, zero) for one, zero in pairs]
+    return level[0] * side["scale"]
 
   def bins(codes, side, uniform):
     codes, scale = codes.astype(jnp.int32), side["scale"]
@@ -458,7 +466,7 @@ def nf4() -> Numerics:
     },
     lambda y, axis, sizes: {"scale": _largest(y, axis)},
     encode,
-    lambda codes, side, uniform: book[codes.astype(jnp.int32)] * side["scale"],
+    decode,
     bins,
     _between(0, 15),
   )

@@ -1,0 +1,80 @@
+"""Packing codes of any width: inverse, exact sizes, device equals host."""
+
+import hypothesis
+from hypothesis import strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpqfl_jax import bitpack
+
+hypothesis.settings.register_profile(
+  "bits", deadline=None, max_examples=200, derandomize=True
+)
+hypothesis.settings.load_profile("bits")
+LEVELS = [2, 3, 4, 7, 8, 15, 16, 31, 32, 63, 100, 128, 255, 256, 257, 601]
+LEVELS += [1024, 32768, 40000, 65536]
+
+
+def codes_of(count, levels, seed=0):
+  dtype = np.uint8 if levels <= 256 else np.uint16
+  return np.random.default_rng(seed).integers(0, levels, count).astype(dtype)
+
+
+@hypothesis.given(
+  st.integers(0, 300), st.sampled_from(LEVELS), st.integers(0, 2**32 - 1)
+)
+def test_roundtrip_on_the_host(count, levels, seed):
+  codes = codes_of(count, levels, seed)
+  packed = bitpack.pack(codes, levels, np)
+  assert packed.shape == (bitpack.packed_size(count, levels),)
+  assert packed.dtype == bitpack.packed_type(levels)
+  np.testing.assert_array_equal(
+    bitpack.unpack(packed, count, levels, np), codes
+  )
+  assert bitpack.padding_is_zero(packed, count, levels)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("count", [1, 40, 1001])
+def test_device_equals_host(levels, count):
+  codes = codes_of(count, levels)
+  packed = bitpack.pack(jnp.asarray(codes), levels)
+  np.testing.assert_array_equal(packed, bitpack.pack(codes, levels, np))
+  np.testing.assert_array_equal(bitpack.unpack(packed, count, levels), codes)
+
+
+def test_layout_by_hand():
+  codes = np.array([1, 2, 3, 4, 5, 6], np.uint8)
+  # Two runs of three: 1 2 3 in the low halves, 4 5 6 in the high ones.
+  assert bitpack.pack(codes, 16, np).tolist() == [0x41, 0x52, 0x63]
+  signs = np.array([1, 0, 1, 1, 0, 0, 0, 1], np.uint8)
+  assert bitpack.pack(signs, 2, np).tolist() == [0b10001101]
+  trits = np.array([2, 0, 1, 2, 2], np.uint8)
+  assert bitpack.pack(trits, 3, np).tolist() == [2 + 9 + 2 * 27 + 2 * 81]
+  # Eight codes of three bits fill three bytes, the first in the lowest bits.
+  octal = np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8)
+  word = sum(int(code) << 3 * i for i, code in enumerate(octal))
+  assert bitpack.pack(octal, 8, np).tolist() == list(word.to_bytes(3, "little"))
+
+
+def test_bits_a_code():
+  for levels, bits in [(2, 1), (3, 1.6), (4, 2), (8, 3), (16, 4), (32, 5)]:
+    assert 8 * bitpack.packed_size(8000, levels) == bits * 8000
+  assert bitpack.packed_size(8000, 601) * 8 == 8000 * (8 + 1.6)
+  assert bitpack.packed_size(0, 16) == 0
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_padding_is_looked_at(levels):
+  for count in (1, 3, 9, 101):
+    packed = bitpack.pack(codes_of(count, levels), levels, np)
+    for byte in range(packed.size):
+      for bit in range(8 * packed.itemsize):
+        broken = packed.copy()
+        broken[byte] ^= packed.dtype.type(1 << bit)
+        # A flip shows in the codes, in the padding, or as a base-3 digit
+        # beyond the last.
+        codes = bitpack.unpack(broken, count, levels, np)
+        same = np.array_equal(codes, bitpack.unpack(packed, count, levels, np))
+        assert not same or not bitpack.padding_is_zero(broken, count, levels)
