@@ -1,0 +1,333 @@
+"""Objectives, optimiser, coordinates, labels and predicted leakage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.optimize
+import scipy.stats
+
+from mpqfl_jax import errors, models, types
+from mpqfl_jax.attacks import (
+  coordinates,
+  core,
+  labels,
+  lbfgs,
+  leakage,
+  objectives,
+)
+
+MEAN, STD = np.array([0.4, 0.5, 0.6], np.float32), np.full(3, 0.25, np.float32)
+
+
+def rgb_model(side=4, classes=3):
+  shape = (side, side, 3)
+  return models.make("mlp", shape, classes, MEAN, STD, conv="slices")
+
+
+def seen(update, bins=None):
+  return types.Observation({}, update, bins, None, jnp.float32(1))
+
+
+def around(v, half, stochastic=False):
+  """Bins of half-width `half` around the leaves of v."""
+  return types.Bins(
+    jax.tree.map(lambda a: a - half, v),
+    jax.tree.map(lambda a: a + half, v),
+    jax.tree.map(lambda a: jnp.full_like(a, half**2 / 3), v),
+    jax.tree.map(lambda a: jnp.bool_(stochastic), v),
+  )
+
+
+def two_leaves(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "a": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+    "b": jnp.asarray(rng.normal(size=4), jnp.float32),
+  }
+
+
+@pytest.mark.parametrize("knowledge", ["blind", "nearest", "stochastic"])
+@pytest.mark.parametrize(
+  "name", [*sorted(objectives.OBJECTIVES), "log_likelihood"]
+)
+def test_gradients_equal_finite_differences(name, knowledge):
+  v, u = two_leaves(0), two_leaves(1)
+  bins = None
+  if knowledge != "blind":
+    bins = around(v, 0.4, stochastic=knowledge == "stochastic")
+  observation = seen(v, bins)
+  if name == "log_likelihood":
+    fn = lambda u: objectives.log_likelihood(u, observation, 0.3)  # noqa: E731
+  else:
+    fn = lambda u: objectives.OBJECTIVES[name](u, observation)  # noqa: E731
+  gradient = jax.grad(fn)(u)
+  if name == "cosine" and knowledge != "blind":
+    # Its target moves with the candidate and is held fixed on purpose: at the
+    # bins' own centre the gradient vanishes.
+    inside = jax.grad(fn)(jax.tree.map(lambda a: 1.0 * a, v))
+    assert all(jnp.all(jnp.abs(g) < 1e-5) for g in jax.tree.leaves(inside))
+    return
+  h = 1e-2
+  for leaf in u:
+    for i in np.ndindex(u[leaf].shape):
+      up = {**u, leaf: u[leaf].at[i].add(h)}
+      down = {**u, leaf: u[leaf].at[i].add(-h)}
+      numeric = (fn(up) - fn(down)) / (2 * h)
+      np.testing.assert_allclose(gradient[leaf][i], numeric, atol=3e-2)
+
+
+def test_an_interval_costs_nothing_inside():
+  v = two_leaves()
+  observation = seen(v, around(v, 0.5))
+  inside = jax.tree.map(lambda a: a + 0.49, v)
+  assert objectives.squared(inside, observation) == 0
+  outside = jax.tree.map(lambda a: a + 0.6, v)
+  assert objectives.squared(outside, observation) > 0
+
+
+def test_stochastic_likelihood_is_the_probability_of_the_draw():
+  v = {"a": jnp.zeros(5)}
+  u = {"a": jnp.array([0.0, 0.1, -0.3, 0.5, 0.7])}
+  observation = seen({"a": v["a"] + 1.0}, None)
+  bins = around({"a": v["a"] + 1.0}, 1.0, stochastic=True)
+  observation = observation._replace(bins=bins)
+  moved = {"a": u["a"] + 1.0}
+  value = objectives.log_likelihood(moved, observation, 1e-6)
+  # P(draw v | u) = 1 - |u - v| / step.
+  np.testing.assert_allclose(
+    value, np.sum(np.log(1 - np.abs(np.asarray(u["a"])))), atol=2e-3
+  )
+
+
+def test_saturated_stochastic_codes_are_bounded_on_one_side():
+  # Code +s of a ternary leaf with s = 1: P = min(u, 1).
+  one = {"a": jnp.ones(3)}
+  bins = types.Bins(
+    {"a": jnp.zeros(3)},
+    {"a": jnp.full(3, jnp.inf)},
+    {"a": jnp.full(3, 1 / 6)},
+    {"a": jnp.bool_(True)},
+  )
+  u = jnp.array([0.4, 1.0, 3.0])
+  value = objectives.log_likelihood({"a": u}, seen(one, bins), 1e-6)
+  np.testing.assert_allclose(value, np.log(0.4), atol=2e-3)
+
+
+def test_unbounded_entries_are_gaussian():
+  v = {"a": jnp.array([0.5, -1.0])}
+  bins = types.Bins(
+    {"a": jnp.full(2, -jnp.inf)},
+    {"a": jnp.full(2, jnp.inf)},
+    {"a": jnp.array([0.25, 4.0])},
+    {"a": jnp.bool_(False)},
+  )
+  u = {"a": jnp.array([1.0, 2.0])}
+  got = objectives.log_likelihood(u, seen(v, bins), 1e-6)
+  normal = scipy.stats.norm(np.array([0.5, -1.0]), np.array([0.5, 2.0]))
+  want = np.sum(normal.logpdf([1, 2]) - normal.logpdf([0.5, -1]))
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  gradient = jax.grad(
+    lambda u: objectives.log_likelihood(u, seen(v, bins), 1e-6)
+  )(u)
+  assert np.all(np.isfinite(gradient["a"]))
+
+
+def rosenbrock(x):
+  return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+@pytest.mark.parametrize("history", [3, 20])
+def test_lbfgs_solves_what_scipy_solves(history):
+  x0 = jnp.asarray(np.linspace(-1.2, 1.0, 12), jnp.float32)
+  step = jax.jit(lambda s: lbfgs.step(rosenbrock, s))
+  state = lbfgs.init(x0, history)
+  values = []
+  for _ in range(250):
+    state = step(state)
+    values.append(float(state.value))
+  ours = np.asarray(state.x)
+  theirs = scipy.optimize.minimize(
+    lambda x: float(rosenbrock(jnp.asarray(x, jnp.float32))),
+    np.asarray(x0, np.float64),
+    jac=lambda x: np.asarray(
+      jax.grad(rosenbrock)(jnp.asarray(x, jnp.float32)), np.float64
+    ),
+    method="L-BFGS-B",
+    options={"maxcor": history, "maxiter": 250},
+  )
+  np.testing.assert_allclose(theirs.x, 1, atol=2e-2)
+  np.testing.assert_allclose(ours, 1, atol=2e-2)
+  assert np.all(np.diff(values) <= 1e-6)
+
+
+def test_lbfgs_direction_is_the_two_loop_recursion():
+  rng = np.random.default_rng(0)
+  n, m = 9, 4
+  root = rng.normal(size=(n, n))
+  hessian = jnp.asarray(root @ root.T + np.eye(n), jnp.float32)
+
+  def fn(x):
+    return 0.5 * x @ hessian @ x + jnp.sum(jnp.cos(x))
+
+  state = lbfgs.init(jnp.asarray(rng.normal(size=n), jnp.float32), m)
+  pairs = []
+  for _ in range(8):
+    before = state
+    state = lbfgs.step(fn, state)
+    if np.isfinite(before.value):
+      pairs.append((state.x - before.x, state.gradient - before.gradient))
+  pairs = [(np.float64(s), np.float64(y)) for s, y in pairs[-m:]]
+  # Nocedal and Wright 2006, algorithm 7.4.
+  q = np.float64(state.gradient)
+  alphas = []
+  for s, y in reversed(pairs):
+    alphas.append(s @ q / (s @ y))
+    q = q - alphas[-1] * y
+  s, y = pairs[-1]
+  r = s @ y / (y @ y) * q
+  for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+    r = r + s * (alpha - y @ r / (s @ y))
+  np.testing.assert_allclose(lbfgs._direction(state), -r, rtol=2e-3, atol=1e-5)
+
+
+def test_lbfgs_stops_where_there_is_no_descent():
+  state = lbfgs.init(jnp.ones(3), 5)
+  for _ in range(5):
+    state = lbfgs.step(lambda x: jnp.sum(0.0 * x), state)
+  assert state.failures >= 3
+  np.testing.assert_array_equal(state.x, 1)
+
+
+def test_cosine_matrix_is_scipys_dct():
+  np.testing.assert_allclose(
+    coordinates.cosine_matrix(7),
+    scipy.fft.dct(np.eye(7), axis=0, norm="ortho"),
+    atol=1e-6,
+  )
+
+
+def test_coordinates_are_inverted_and_orthogonal():
+  model = rgb_model()
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (200, 4, 4, 3), dtype=np.uint8)
+  x = jnp.asarray(images[:2] / 255.0, jnp.float32)
+  for made in (
+    coordinates.natural(model, 0.0),
+    coordinates.natural(model, 1.0),
+    coordinates.fitted(model, images),
+  ):
+    z = made.from_images(x)
+    np.testing.assert_allclose(made.to_images(z), x, atol=1e-4)
+    jacobian = jax.jacobian(lambda z: made.to_images(z).reshape(-1))(
+      jnp.zeros(48)
+    )
+    gram = jacobian.T @ jacobian
+    np.testing.assert_allclose(
+      gram, np.diag(made.deviation.reshape(-1) ** 2), atol=2e-4
+    )
+
+
+def test_fitted_coordinates_whiten_their_images():
+  model = rgb_model()
+  rng = np.random.default_rng(0)
+  smooth = rng.normal(size=(4000, 2, 2, 3)).repeat(2, 1).repeat(2, 2)
+  noisy = smooth * 40 + rng.normal(size=(4000, 4, 4, 3)) * 8 + 128
+  images = np.clip(noisy, 0, 255).astype(np.uint8)
+  made = coordinates.fitted(model, images)
+  z = np.asarray(made.from_images(jnp.asarray(images / 255.0, jnp.float32)))
+  np.testing.assert_allclose(z.mean(0), 0, atol=0.02)
+  np.testing.assert_allclose((z**2).mean(0), 1, atol=0.05)
+  with pytest.raises(errors.UserError, match="uint8"):
+    coordinates.fitted(model, images.astype(np.float32))
+  with pytest.raises(errors.UserError, match="100"):
+    coordinates.fitted(model, images[:5])
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_one_label_is_the_one_that_brute_force_finds(label):
+  model = rgb_model()
+  params = model.init(jax.random.key(0))
+  x = jax.random.uniform(jax.random.key(1), (1, 1, 4, 4, 3))
+  update = core.simulate(model, params, x, jnp.array([[label]]), 0.1)
+  observation = types.Observation(params, update, None, None, jnp.float32(0.1))
+  inferred = labels.infer(model, observation, 1, 1)
+  assert inferred.tolist() == [[label]]
+  # Brute force: which label's update, for the true image, is the observed one.
+  errors_ = [
+    float(
+      objectives.squared(
+        core.simulate(model, params, x, jnp.array([[c]]), 0.1), observation
+      )
+    )
+    for c in range(3)
+  ]
+  assert int(np.argmin(errors_)) == label
+
+
+def test_label_counts_of_batches():
+  model = rgb_model(classes=10)
+  params = model.init(jax.random.key(0))
+  right = 0
+  for seed in range(10):
+    keys = jax.random.split(jax.random.key(seed))
+    x = jax.random.uniform(keys[0], (1, 8, 4, 4, 3))
+    y = jax.random.randint(keys[1], (1, 8), 0, 10)
+    update = core.simulate(model, params, x, y, 0.1)
+    observation = types.Observation(
+      params, update, None, None, jnp.float32(0.1)
+    )
+    counts = np.bincount(
+      labels.infer(model, observation, 1, 8)[0], minlength=10
+    )
+    truth = np.bincount(y[0], minlength=10)
+    right += np.minimum(counts, truth).sum()
+  assert right >= 0.9 * 80
+
+
+def test_rounded_counts_are_the_nearest_with_that_sum():
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    expected = rng.dirichlet(np.ones(4)) * 6
+    got = np.asarray(labels.round_counts(jnp.asarray(expected), 6))
+    grids = np.stack(np.meshgrid(*[np.arange(7)] * 4), -1).reshape(-1, 4)
+    grids = grids[grids.sum(1) == 6]
+    best = np.abs(grids - expected).sum(1).min()
+    assert got.sum() == 6
+    np.testing.assert_allclose(np.abs(got - expected).sum(), best, atol=1e-5)
+
+
+def test_predicted_leakage_of_a_linear_model_is_the_closed_form():
+  # One dense layer: the update of one step is linear in the image only up to
+  # the softmax, so the closed form is checked on a model whose softmax is at
+  # its vertex: the loss gradient is then a constant times the image.
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (500, 4, 4, 3), dtype=np.uint8)
+  shape, zero, one = (4, 4, 3), np.zeros(3, np.float32), np.ones(3, np.float32)
+
+  def apply(params, x):
+    flat = x.reshape(x.shape[0], -1)
+    return flat @ params["dense"]["kernel"] + params["dense"]["bias"]
+
+  model = types.Model("linear", lambda key: {}, apply, shape, 2, zero, one)
+  params = {
+    "dense": {"kernel": jnp.zeros((48, 2)), "bias": jnp.array([50.0, 0.0])}
+  }
+  # Label 1 at logits (50, 0): probability minus one-hot is (1, -1).
+  x = images[:2] / np.float32(255)
+  found = leakage.sensitivity(
+    model, params, x, np.array([1, 1]), 1.0, images, components=48
+  )
+  assert found[0].leaves == ("dense/bias", "dense/kernel")
+  noise = np.array([[1.0, 0.02]] * 2)
+  variance = coordinates.fitted(model, images).deviation.reshape(-1) ** 2
+  # Each pixel is seen twice, with opposite signs, under noise 0.02.
+  floor = 1e-8 * found[0].signal[1]
+  posterior = 1 / (1 / variance + 2 / (0.02 + floor))
+  want = -10 * np.log10(posterior.mean())
+  got = leakage.expected_psnr_db(found, noise)
+  np.testing.assert_allclose(got, want, atol=0.02)
+  # A leaf that is not sent says nothing: only the prior is left.
+  none = leakage.expected_psnr_db(found, np.full((2, 2), np.inf))
+  np.testing.assert_allclose(none, -10 * np.log10(variance.mean()), atol=1e-3)
