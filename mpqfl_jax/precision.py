@@ -416,7 +416,7 @@ def read_policy(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
   parsed = []
   for i, rule in enumerate(rules, 1):
     for key in ("path", "precision"):
-      if not isinstance(rule.get(key), str):
+      if not isinstance(rule, dict) or not isinstance(rule.get(key), str):
         raise UserError(
           f"policy file {path}, rule {i}: {key} must be a string."
         )

@@ -282,6 +282,11 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   def mask(seed):
     return counter.uniform(seed, shape) < limit
 
+  compiled_mask = jax.jit(mask)
+
+  def host_mask(seed):
+    return np.asarray(compiled_mask(seed))
+
   def encode(seed, x, state):
     # What is decoded, not only what is sent, stays finite.
     x = jnp.clip(quantize.finite(x), -largest, largest)
@@ -301,12 +306,12 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   def pack(payload):
     seed = np.asarray(payload["seed"], "<u4")
     values = np.asarray(payload["values"], "<f4")
-    return [bytes([TAG_RANDOM]), seed.data, values[np.asarray(mask(seed))].data]
+    return [bytes([TAG_RANDOM]), seed.data, values[host_mask(seed)].data]
 
   def unpack(reader):
     wire.read_tag(reader, (TAG_RANDOM,))
     seed = np.frombuffer(reader.take(8), "<u4").astype(np.uint32)
-    sent = np.asarray(mask(seed))
+    sent = host_mask(seed)
     values = np.zeros(shape, np.float32)
     values[sent] = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
     if not (np.abs(values) <= largest).all():

@@ -120,7 +120,11 @@ def fingerprint(text: str) -> int:
 
 def seal(print_: int, records: Sequence[Chunk]) -> bytes:
   """Frames records into a message."""
-  body = b"".join([HEADER.pack(MAGIC, VERSION, print_), *records])
+  return reseal(b"".join([HEADER.pack(MAGIC, VERSION, print_), *records]))
+
+
+def reseal(body: bytes) -> bytes:
+  """Appends the checksum of all that stands before it."""
   return body + CHECKSUM.pack(zlib.crc32(body))
 
 

@@ -1,0 +1,203 @@
+"""Rules, policies, policy files and tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpqfl_jax import choice, precision
+from mpqfl_jax.errors import UserError
+from mpqfl_jax.precision import QuantRule
+
+PARAMS = {
+  f"conv{i}": {"bias": jnp.zeros(4), "kernel": jnp.zeros((3, 3, 4, 4))}
+  for i in (1, 2, 10)
+} | {"dense1": {"bias": jnp.zeros(10), "kernel": jnp.zeros((36, 10))}}
+
+
+def rules_of(codec, key=0, update=None):
+  update = precision_update() if update is None else update
+  payload, _ = codec.encode(jax.random.key(key), update, codec.init(PARAMS))
+  return {record.path: record.rule for record in codec.records(payload)}
+
+
+def precision_update():
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), PARAMS
+  )
+
+
+def test_layers_count_numbers_as_numbers():
+  assert precision.layers(PARAMS) == ["conv1", "conv2", "conv10", "dense1"]
+
+
+def test_paper_takes_turns():
+  rules = rules_of(precision.make("paper", PARAMS))
+  turns = {
+    "conv1": "float16 nearest",
+    "conv2": "int8 affine nearest",
+    "conv10": "int8 symmetric nearest",
+    "dense1": "int4 affine nearest",
+  }
+  assert rules == {
+    f"{layer}/{leaf}": rule
+    for layer, rule in turns.items()
+    for leaf in ("bias", "kernel")
+  }
+
+
+def test_mixed_random_draws_evenly_and_anew():
+  codec = precision.make("mixed_random", PARAMS)
+  encode = jax.jit(codec.encode)
+  update = precision_update()
+  picks = np.array(
+    [
+      [
+        int(part["choice"])
+        for part in encode(jax.random.key(round_), update, codec.init(PARAMS))[
+          0
+        ]
+      ]
+      for round_ in range(400)
+    ]
+  )
+  assert encode._cache_size() == 1
+  assert len({tuple(row) for row in picks}) > 390
+  # 3200 draws from four: chi-square at one in a million is 30.7.
+  counts = np.bincount(picks.reshape(-1), minlength=4)
+  assert ((counts - 800) ** 2 / 800).sum() < 30.7
+  for leaf in range(picks.shape[1]):
+    assert np.bincount(picks[:, leaf], minlength=4).min() > 55
+  # No leaf follows another.
+  for a in range(7):
+    joint = np.histogram2d(picks[:, a], picks[:, a + 1], bins=4)[0]
+    assert ((joint - 25) ** 2 / 25).sum() < 60
+
+
+def test_first_match_wins():
+  codec = precision.from_rules(
+    "mine",
+    [
+      QuantRule("*/bias", "float16"),
+      QuantRule("conv1", "int2", {"mode": "affine"}),
+      QuantRule("conv*", "int8", {"granularity": "channel"}),
+      QuantRule("*", "topk", {"ratio": 0.1}),
+    ],
+    PARAMS,
+  )
+  assert rules_of(codec) == {
+    "conv1/bias": "float16 nearest",
+    "conv1/kernel": "int2 affine nearest",
+    "conv10/bias": "float16 nearest",
+    "conv10/kernel": "int8 symmetric nearest per channel",
+    "conv2/bias": "float16 nearest",
+    "conv2/kernel": "int8 symmetric nearest per channel",
+    "dense1/bias": "float16 nearest",
+    "dense1/kernel": "topk ratio=0.1",
+  }
+
+
+@pytest.mark.parametrize(
+  ("rules", "message"),
+  [
+    ([("conv*", "int8")], "no rule matches 'dense1/bias'"),
+    ([("conv9", "int8"), ("*", "int8")], "rule 1 .*'conv9'.* no parameter"),
+    ([("*", "int8"), ("conv1", "int4")], "rule 2 .*'conv1'"),
+    ([("*", "int12")], "unknown precision 'int12'"),
+    ([("*", "flaot16")], "Did you mean 'float16'"),
+  ],
+)
+def test_bad_rules(rules, message):
+  with pytest.raises(UserError, match=message):
+    precision.from_rules("mine", [QuantRule(*rule) for rule in rules], PARAMS)
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("int88", {}, "Did you mean 'int8'"),
+    ("int8", {"mod": "affine"}, "Did you mean 'mode'"),
+    ("int8", {"mode": "afine"}, "expected one of symmetric, affine"),
+    ("paper", {"mode": "affine"}, "unknown option of paper"),
+    ("mixed_random", {"rounding": "dither"}, "rounding"),
+    ("topk", {"error_feedback": 3}, "error_feedback"),
+    ("missing.toml", {}, "missing.toml"),
+    ("missing.toml", {"mode": "affine"}, "takes no options"),
+  ],
+)
+def test_bad_names_and_options(name, options, message):
+  with pytest.raises(UserError, match=message):
+    precision.make(name, PARAMS, **options)
+
+
+def test_shapes_do_for_parameters():
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS
+  )
+  update = precision_update()
+  for name in ("paper", "mixed_random", "sign"):
+    a = precision.make(name, PARAMS)
+    b = precision.make(name, shapes)
+    payload, _ = a.encode(jax.random.key(0), update, a.init(PARAMS))
+    b.unpack(a.pack(payload))
+
+
+def test_every_codec_says_what_it_is():
+  for name, (what, build) in precision.CODECS.items():
+    assert what and callable(build), name
+
+
+def test_policy_file(tmp_path):
+  path = tmp_path / "mine.toml"
+  path.write_text(
+    '[[rule]]\npath = "conv*"\nprecision = "int4"\nmode = "affine"\n'
+    'granularity = "channel"\nrounding = "stochastic"\n\n'
+    '[[rule]]\npath = "*"\nprecision = "topk"\nratio = 0.1\n'
+  )
+  rules = rules_of(precision.make(str(path), PARAMS))
+  assert rules["conv1/kernel"] == "int4 affine stochastic per channel"
+  assert rules["dense1/kernel"] == "topk ratio=0.1"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("", r"expected \[\[rule\]\]"),
+    ("[[rule]]\n", "path must be a string"),
+    ('[[rule]]\npath = "*"\nprecision = 8\n', "precision must be"),
+    ('name = "x"\n[[rule]]\npath = "*"\nprecision = "int8"\n', "'name'"),
+    ("[[rule\n", "mine.toml"),
+    ("rule = [1]\n", "rule 1"),
+    ('[[rule]]\npath = "*"\nprecision = "int8"\nbits = 3\n', "option of int8"),
+  ],
+)
+def test_bad_policy_files(tmp_path, text, message):
+  path = tmp_path / "mine.toml"
+  path.write_text(text)
+  with pytest.raises(UserError, match=message):
+    precision.make(str(path), PARAMS)
+
+
+def test_table_by_hand():
+  params = {"conv1": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}}
+  update = {
+    "conv1": {
+      "bias": jnp.zeros(2),
+      "kernel": jnp.array([[7.0, 0.0], [0.0, 0.4]]),
+    }
+  }
+  codec = precision.make("int4", params)
+  # 0.4 is lost of an energy of 49.16: 10 log10(49.16 / 0.16) = 24.9 dB.
+  lines = precision.table(codec, update, jax.random.key(0)).splitlines()
+  assert [line.split() for line in lines] == [
+    ["layer", "parameters", "rule", "bits", "bytes", "SNR", "dB"],
+    ["conv1/bias", "2", *"int4 symmetric nearest 24.00 6 exact".split()],
+    ["conv1/kernel", "4", *"int4 symmetric nearest 14.00 7 24.9".split()],
+    ["message", "6", "33.33", "25", "24.9"],
+  ]
+
+
+def test_choices_hold_what_a_byte_can_code():
+  with pytest.raises(UserError, match="int16"):
+    choice.menu([choice.Option("int16")])
