@@ -41,6 +41,67 @@ class Watched(NamedTuple):
   shape: tuple[int, int]
 
 
+def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
+  """Writes what the server keeps to `observations/`, a file an update."""
+  for w in watched:
+    buffer = io.BytesIO()
+    leaves = jax.tree.leaves(w.params)
+    np.savez(
+      buffer,
+      message=np.frombuffer(w.message, np.uint8),
+      rows=w.rows,
+      shape=np.array(w.shape),
+      split=w.split,
+      **{f"param_{i}": leaf for i, leaf in enumerate(leaves)},
+    )
+    folder.write_atomically(_place(run_dir, w), buffer.getvalue())
+
+
+def _place(run_dir: pathlib.Path, w: Watched) -> pathlib.Path:
+  name = f"{folder.slug(w.defense.spec)}_round{w.round}_client{w.client}.npz"
+  return run_dir / "observations" / name
+
+
+def load(
+  run_dir: pathlib.Path, defense: Defense, last_round: int, params: Params
+) -> list[Watched]:
+  """Reads what `store` wrote of one defence, up to a round.
+
+  Args:
+    run_dir: the run's folder.
+    defense: whose updates.
+    last_round: later ones are left out.
+    params: gives the structure of the parameters.
+
+  Returns:
+    In the order in which they were kept.
+  """
+  pattern = re.compile(
+    re.escape(folder.slug(defense.spec)) + r"_round(\d+)_client(\d+)\.npz"
+  )
+  template, treedef = jax.tree.flatten(params)
+  found = []
+  for path in (run_dir / "observations").glob("*.npz"):
+    match = pattern.fullmatch(path.name)
+    if match is None or int(match[1]) > last_round:
+      continue
+    with np.load(path) as file:
+      leaves = [file[f"param_{i}"] for i in range(len(template))]
+      found.append(
+        Watched(
+          defense,
+          int(match[1]),
+          int(match[2]),
+          jax.tree.unflatten(treedef, leaves),
+          file["message"].tobytes(),
+          str(file["split"]),
+          file["rows"],
+          (int(file["shape"][0]), int(file["shape"][1])),
+        )
+      )
+  return sorted(found, key=lambda w: (w.round, len(w.rows), w.client))
+
+
 def attack_all(
   config: Config,
   built: setting.Setting,
@@ -73,7 +134,7 @@ def attack_all(
         for defense in built.defenses:
           mine = [w for w in group if w.defense.spec == defense.spec]
           if mine:
-            lines = _attack(
+            lines = _known(run_dir, label, knowledge, mine) or _attack(
               config, built, attack, label, knowledge, mine, run_dir
             )
             scores.setdefault(defense.spec, []).extend(lines)
@@ -135,6 +196,35 @@ def attack_label(config: Config, spec: str) -> str:
   name = specs.parse(spec)[0]
   same = [s for s in config.attack if specs.parse(s)[0] == name]
   return name if len(same) == 1 else spec
+
+
+def _known(
+  run_dir: pathlib.Path, label: str, knowledge: str, watched: Sequence[Watched]
+) -> list[dict[str, Any]]:
+  """The lines of these attacks where a former part of the run has all.
+
+  Those of an attack that was cut short go.
+  """
+  path = run_dir / "attacks.jsonl"
+  lines: list[dict[str, Any]] = []
+
+  def other(line: dict[str, Any]) -> bool:
+    mine = (
+      line["attack"] == label
+      and line["knowledge"] == knowledge
+      and line["defense"] == watched[0].defense.spec
+      and (line["local_steps"], line["batch_size"]) == watched[0].shape
+    )
+    if mine:
+      lines.append(line)
+    return not mine
+
+  folder.keep_lines(path, other)
+  if len(lines) == sum(len(w.rows) for w in watched):
+    for line in lines:
+      folder.append_line(path, line)
+    return lines
+  return []
 
 
 def _attack_conv() -> str:
@@ -251,12 +341,14 @@ def _keep(run_dir, label, knowledge, round_number, parts) -> None:
   )
   batch = "x".join(str(n) for n in parts[0][-1].shape)
   name = "_".join(
-    (_slug(label), knowledge, _slug(defense), f"round{round_number}", batch)
+    (
+      folder.slug(label),
+      knowledge,
+      folder.slug(defense),
+      f"round{round_number}",
+      batch,
+    )
   )
   folder.write_atomically(
     run_dir / "reconstructions" / f"{name}.npz", buffer.getvalue()
   )
-
-
-def _slug(text: str) -> str:
-  return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-")

@@ -36,6 +36,12 @@ def _define() -> None:
   )
   f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
   f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")
+  f.DEFINE_bool(
+    "resume", False, "Go on with the run in --output_dir, if one is there."
+  )
+  f.DEFINE_integer(
+    "checkpoint_every", 10, "Rounds between checkpoints; 0: at the end only.", 0
+  )
   f.DEFINE_integer("seed", 0, "Everything random derives from it.", 0)
 
   f.DEFINE_string("dataset", "mnist_sample", ", ".join(DATASETS) + ".")
@@ -138,6 +144,8 @@ class Config:
   task: str
   output_dir: str
   overwrite: bool
+  resume: bool
+  checkpoint_every: int
   seed: int
   dataset: str
   data_dir: str | None
@@ -246,6 +254,10 @@ def _check(config: Config) -> None:
     raise errors.UserError(
       f"--delta={config.delta}. Expected a number between 0 and 1, such as"
       " 1e-5."
+    )
+  if config.overwrite and config.resume:
+    raise errors.UserError(
+      "--overwrite and --resume contradict each other. Expected one of them."
     )
   if config.task == "train":
     if config.cohort_size > config.num_clients:

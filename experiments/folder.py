@@ -1,11 +1,12 @@
 """A run's folder: made safely, written so that a crash loses nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,26 +18,50 @@ import numpy as np
 from mpqfl_jax import errors
 
 _MARK = "config.json"
+# What may differ between the parts of one run.
+_FREE = (
+  "output_dir",
+  "overwrite",
+  "resume",
+  "command",
+  "versions",
+  "commit",
+  "host",
+  "data_dir",
+  "dataset_source",
+)
 
 
-def create(path: str, overwrite: bool) -> pathlib.Path:
-  """Makes the folder of a new run.
+def create(
+  path: str,
+  config: Mapping[str, Any],
+  overwrite: bool = False,
+  resume: bool = False,
+) -> pathlib.Path:
+  """Makes the folder of a new run, or opens that of one to go on with.
 
   Args:
     path: where.
+    config: what `config.json` will hold. A run goes on only under the values
+      that it began with, those of `_FREE` aside.
     overwrite: whether a former run there may go. Only a folder that holds a
       `config.json` counts as a run.
+    resume: whether to go on with the run that is there, if one is.
 
   Raises:
     UserError: something is there already, or it cannot be made.
   """
   folder = pathlib.Path(path)
+  if resume and (folder / _MARK).is_file():
+    _check_same(folder, config)
+    return folder
   try:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       if not overwrite:
         raise errors.UserError(
           f"{folder} exists already and nothing was changed. Give another"
-          " --output_dir, or --overwrite to replace the run in it."
+          " --output_dir, --resume to go on with the run in it, or --overwrite"
+          " to replace it."
         )
       if not (folder / _MARK).is_file():
         raise errors.UserError(
@@ -50,7 +75,29 @@ def create(path: str, overwrite: bool) -> pathlib.Path:
       f"cannot make --output_dir={folder}: {e.strerror}. Give a folder that"
       " can be written."
     ) from e
+  write_json(folder / _MARK, config)
   return folder
+
+
+def _check_same(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+  try:
+    old = json.loads((folder / _MARK).read_text())
+  except json.JSONDecodeError as e:
+    raise errors.UserError(
+      f"{folder / _MARK} is not JSON, so there is no run to go on with. Give"
+      " another --output_dir, or --overwrite to begin anew."
+    ) from e
+  new = json.loads(json.dumps(config))
+  differing = [
+    f"--{name} was {old.get(name)!r} and is {value!r}"
+    for name, value in new.items()
+    if name not in _FREE and old.get(name) != value
+  ]
+  if differing:
+    raise errors.UserError(
+      f"{folder} cannot go on under another config: {'; '.join(differing)}."
+      " Give the values that it began with, or another --output_dir."
+    )
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
@@ -76,6 +123,31 @@ def append_line(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Adds a JSON line and hands it to the operating system at once."""
   with path.open("a") as file:
     file.write(json.dumps(value) + "\n")
+
+
+def keep_lines(
+  path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]
+) -> None:
+  """Rewrites a file of JSON lines with those that are to be kept.
+
+  A last line that a dying process left unfinished goes, too.
+  """
+  if not path.is_file():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      value = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if keep(value):
+      kept.append(line + "\n")
+  write_atomically(path, "".join(kept).encode())
+
+
+def slug(text: str) -> str:
+  """A file name for a defence or an attack."""
+  return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-")
 
 
 def number(value: Any) -> float | None:

@@ -67,17 +67,20 @@ def run(values: config.Config) -> pathlib.Path:
   built = setting.build(values)
   for spec in values.attack:
     adversary.make(spec, built.model, (1, 1))
-  run_dir = folder.create(values.output_dir, values.overwrite)
-  folder.write_json(
-    run_dir / "config.json",
+  run_dir = folder.create(
+    values.output_dir,
     {
       **dataclasses.asdict(values),
       "plan_resolved": built.plan._asdict(),
+      # Sums are in another order on another number of devices.
+      "mesh_devices": built.mesh.devices.size,
       "dataset_source": built.data.source,
       "parameters": sum(leaf.size for leaf in jax.tree.leaves(built.template)),
       "command": sys.argv[1:],
       **folder.environment(),
     },
+    values.overwrite,
+    values.resume,
   )
   summary = _TASKS[values.task](values, built, run_dir)
   folder.write_json(run_dir / "summary.json", summary)

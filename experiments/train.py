@@ -1,8 +1,10 @@
 """The task `train`: federated training under each defence, then attacks."""
 
+from collections.abc import Callable
+import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import tqdm
 
 from experiments import adversary, folder, setting, summary
 from experiments.config import Config
-from mpqfl_jax import engine, federated
+from mpqfl_jax import checkpoint, engine, federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples, RoundAux
 
@@ -87,14 +89,32 @@ def choose_watched(
   return ids
 
 
+class Progress(NamedTuple):
+  """All that a training run carries from round to round, as arrays.
+
+  Attributes:
+    state: the algorithm's.
+    participations: [num_clients] int64, updates that arrived of each client.
+    uplink_bytes: [] int64, so far.
+    test: [2] float64, last test loss and accuracy.
+  """
+
+  state: federated.ServerState
+  participations: np.ndarray
+  uplink_bytes: np.ndarray
+  test: np.ndarray
+
+
 def _train(
   config: Config,
   built: setting.Setting,
   defense: Defense,
   examples: Examples,
-  evaluate,
+  evaluate: Callable,
   run_dir: pathlib.Path,
 ) -> tuple[dict[str, Any], list[adversary.Watched]]:
+  """Trains under one defence, from its newest checkpoint where there is one."""
+  place = run_dir / "checkpoints" / folder.slug(defense.spec)
   algorithm = federated.federated(
     built.model,
     federated.client_turn(
@@ -108,18 +128,36 @@ def _train(
     built.plan,
     built.mesh,
   )
-  whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
-  state = jax.device_put(
-    algorithm.init(setting.key(config, setting.WEIGHTS)), whole
+  progress = Progress(
+    algorithm.init(setting.key(config, setting.WEIGHTS)),
+    np.zeros(config.num_clients, np.int64),
+    np.zeros((), np.int64),
+    np.full(2, np.nan),
   )
+  done = 0
+  restored = checkpoint.restore_latest(place, progress, tqdm.tqdm.write)
+  if restored is not None:
+    done, progress = restored
+  folder.keep_lines(
+    run_dir / "metrics.jsonl",
+    lambda line: line["defense"] != defense.spec or line["round"] <= done,
+  )
+  kept = adversary.load(run_dir, defense, done, built.template)
+  finished = place / "result.json"
+  if finished.is_file() and done == config.rounds:
+    return json.loads(finished.read_text()), kept
+  whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
+  state = jax.device_put(progress.state, whole)
   rounds_key = setting.key(config, setting.ROUNDS)
   round_fn, compile_seconds = None, 0.0
-  kept: list[adversary.Watched] = []
-  participations = np.zeros(config.num_clients, np.int64)
-  uplink, accuracy, loss = 0, float("nan"), float("nan")
   begin = time.perf_counter()
-  bar = tqdm.trange(
-    1, config.rounds + 1, desc=defense.spec, unit="round", disable=None
+  bar = tqdm.tqdm(
+    range(done + 1, config.rounds + 1),
+    desc=defense.spec,
+    initial=done,
+    total=config.rounds,
+    unit="round",
+    disable=None,
   )
   for round_number in bar:
     start = time.perf_counter()
@@ -129,15 +167,14 @@ def _train(
       (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
     )
     if round_fn is None:
-      round_fn = (
-        jax.jit(algorithm.round).lower(state, examples, *args).compile()
-      )
+      lowered = jax.jit(algorithm.round).lower(state, examples, *args)
+      round_fn = lowered.compile()
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
     state, aux = round_fn(state, examples, *args)
     clients = jax.device_get(aux.clients)
     if (ids >= 0).any():
-      kept += _keep(
+      seen = _keep(
         config,
         built,
         defense,
@@ -148,13 +185,17 @@ def _train(
         aux,
         round_number,
       )
-    test = round_number % config.eval_every == 0
-    if test or round_number == config.rounds:
-      loss, accuracy = evaluate(state.params)
-      bar.set_postfix(accuracy=f"{accuracy:.1%}")
-    participations[cohort.client_id] += clients.arrived
-    sent = int(clients.uplink_bytes.sum(dtype=np.int64))
-    uplink += sent
+      adversary.store(run_dir, seen)
+      kept += seen
+    test = progress.test
+    if round_number % config.eval_every == 0 or round_number == config.rounds:
+      test = np.asarray(evaluate(state.params), np.float64)
+      bar.set_postfix(accuracy=f"{test[1]:.1%}")
+    progress.participations[cohort.client_id] += clients.arrived
+    sent = clients.uplink_bytes.sum(dtype=np.int64)
+    progress = Progress(
+      state, progress.participations, progress.uplink_bytes + sent, test
+    )
     weight = cohort.size * clients.accepted
     folder.append_line(
       run_dir / "metrics.jsonl",
@@ -165,29 +206,37 @@ def _train(
           np.sum(weight * np.where(clients.accepted, clients.loss, 0))
           / max(weight.sum(), 1)
         ),
-        "test_loss": folder.number(loss),
-        "test_accuracy": folder.number(accuracy),
-        "uplink_bytes": sent,
+        "test_loss": folder.number(test[0]),
+        "test_accuracy": folder.number(test[1]),
+        "uplink_bytes": int(sent),
         "downlink_bytes": config.cohort_size * int(aux.downlink_bytes),
         "participants": int(clients.accepted.sum()),
         "rejected": int((~clients.accepted & clients.arrived).sum()),
         "seconds": time.perf_counter() - start,
       },
     )
+    due = config.checkpoint_every and (
+      round_number % config.checkpoint_every == 0
+    )
+    if due or round_number == config.rounds:
+      checkpoint.save(place, round_number, progress)
   epsilon = None
   if defense.epsilon is not None:
     epsilon = folder.number(
-      defense.epsilon(int(participations.max()), config.delta)
+      defense.epsilon(int(progress.participations.max()), config.delta)
     )
   entry = {
-    "test_accuracy": folder.number(accuracy),
+    "test_accuracy": folder.number(progress.test[1]),
     "final_params_sha256": summary.params_sha256(state.params),
-    "uplink_bytes_per_client": uplink / max(int(participations.sum()), 1),
+    "uplink_bytes_per_client": float(
+      progress.uplink_bytes / max(progress.participations.sum(), 1)
+    ),
     "epsilon": epsilon,
     "delta": config.delta if epsilon is not None else None,
     "seconds": time.perf_counter() - begin - compile_seconds,
     "compile_seconds": compile_seconds,
   }
+  folder.write_json(finished, entry)
   return entry, kept
 
 

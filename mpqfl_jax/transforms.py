@@ -4,6 +4,7 @@ Each is an `UpdateTransform`; `chain` composes them in order.
 """
 
 import jax
+from jax import flatten_util
 import jax.numpy as jnp
 
 from mpqfl_jax import errors, trees
@@ -70,11 +71,10 @@ def gaussian_noise(stddev: float) -> UpdateTransform:
   _positive("stddev", stddev)
 
   def fn(key, update):
-    return jax.tree.map(
-      lambda k, u: u + stddev * jax.random.normal(k, u.shape, u.dtype),
-      trees.leaf_keys(key, update),
-      update,
-    )
+    # One draw for all leaves compiles, and runs, several times faster than one
+    # a leaf.
+    flat, unflatten = flatten_util.ravel_pytree(update)
+    return unflatten(flat + stddev * jax.random.normal(key, flat.shape))
 
   return _stateless(fn)
 
