@@ -4,6 +4,7 @@ No module past this one knows Flax.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 from flax import linen as nn
 import jax
@@ -77,6 +78,136 @@ class _CNN(nn.Module):
     return nn.Dense(self.classes, name="dense2")(x)
 
 
+class _Affine(nn.Module):
+  """Batch normalisation with running statistics of mean 0 and variance 1.
+
+  That is its inference mode at initialisation. Its scale and offset are
+  trained; statistics of a client's batch are neither used nor sent.
+  """
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    return x * (scale / np.sqrt(1 + 1e-5)) + bias
+
+
+def _torch_uniform(fan_in: int) -> Callable:
+  """Uniform on one over the root of the fan-in: what PyTorch starts from."""
+  return _uniform(fan_in**-0.5)
+
+
+class _ConvNet(nn.Module):
+  classes: int
+  conv: Callable
+  width: int = 64
+
+  @nn.compact
+  def __call__(self, x):
+    for i, factor in enumerate((1, 2, 2, 4, 4, 4, 4, 4)):
+      init = _torch_uniform(9 * x.shape[-1])
+      x = nn.Conv(
+        factor * self.width,
+        (3, 3),
+        kernel_init=init,
+        bias_init=init,
+        conv_general_dilated=self.conv,
+        name=f"conv{i + 1}",
+      )(x)
+      x = nn.relu(_Affine(name=f"conv{i + 1}_norm")(x))
+      if i in (5, 7):
+        x = layers.max_pool(x, 3)
+    x = x.reshape(x.shape[0], -1)
+    init = _torch_uniform(x.shape[-1])
+    return nn.Dense(
+      self.classes, kernel_init=init, bias_init=init, name="dense1"
+    )(x)
+
+
+class _ResNet(nn.Module):
+  classes: int
+  conv: Callable
+  blocks: Sequence[int]
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+    def conv(x, width, size, stride, name):
+      pad = size // 2
+      x = nn.Conv(
+        width,
+        (size, size),
+        (stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=he,
+        conv_general_dilated=self.conv,
+        name=name,
+      )(x)
+      return _Affine(name=f"{name}_norm")(x)
+
+    x = nn.relu(conv(x, self.width, 3, 1, "block0_conv1"))
+    number = 0
+    for stage, count in enumerate(self.blocks):
+      width = self.width * 2**stage
+      for i in range(count):
+        number += 1
+        stride = 2 if i == 0 and stage > 0 else 1
+        name = f"block{number}"
+        y = nn.relu(conv(x, width, 3, stride, f"{name}_conv1"))
+        y = conv(y, width, 3, 1, f"{name}_conv2")
+        if stride > 1:
+          x = conv(x, width, 1, stride, f"{name}_skip")
+        x = nn.relu(x + y)
+    x = x.mean((1, 2))
+    init = _torch_uniform(x.shape[-1])
+    return nn.Dense(
+      self.classes, kernel_init=init, bias_init=init, name="dense1"
+    )(x)
+
+
+# (channels, kernel, stride, padding) of cnn6's convolutions.
+CNN6_LAYERS = (
+  (12, 4, 2, 2),
+  (36, 3, 2, 1),
+  (36, 3, 1, 1),
+  (36, 3, 1, 1),
+  (64, 3, 2, 1),
+  (128, 3, 1, 1),
+)
+CNN6_SLOPE = 0.2
+
+
+class _CNN6(nn.Module):
+  classes: int
+  conv: Callable
+
+  @nn.compact
+  def __call__(self, x):
+    for i, (channels, size, stride, pad) in enumerate(CNN6_LAYERS):
+      x = nn.Conv(
+        channels,
+        (size, size),
+        (stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        kernel_init=_torch_uniform(size * size * x.shape[-1]),
+        conv_general_dilated=self.conv,
+        name=f"conv{i + 1}",
+      )(x)
+      x = nn.leaky_relu(x, CNN6_SLOPE)
+    x = x.reshape(x.shape[0], -1)
+    return nn.Dense(
+      self.classes,
+      use_bias=False,
+      kernel_init=_torch_uniform(x.shape[-1]),
+      name="dense1",
+    )(x)
+
+
 # name -> (module, one line with its source)
 MODELS: dict[str, tuple[Callable, str]] = {
   "mlp": (_MLP, "two hidden layers of 200, McMahan et al. 2017, section 3"),
@@ -85,6 +216,16 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "sigmoid LeNet of Deep Leakage from Gradients, Zhu et al. 2019",
   ),
   "cnn": (_CNN, "two convolutions and 512 units, McMahan et al. 2017"),
+  "convnet": (_ConvNet, "eight convolutions, Geiping et al. 2020"),
+  "resnet20": (
+    functools.partial(_ResNet, blocks=(3, 3, 3), width=16),
+    "He et al. 2016, section 4.2",
+  ),
+  "resnet18": (
+    functools.partial(_ResNet, blocks=(2, 2, 2, 2), width=64),
+    "He et al. 2016, with the stem for small images",
+  ),
+  "cnn6": (_CNN6, "six convolutions without biases, Zhu and Blaschko 2021"),
 }
 
 

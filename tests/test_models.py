@@ -25,6 +25,12 @@ def _make(name, shape=(28, 28, 1), conv="xla"):
     # Zhu et al. 2019: 5x5x12 three times and a dense layer, on 32x32x3:
     # 912 + 3,612 + 3,612 + 7,690.
     ("lenet_zhu", (32, 32, 3), 15_826),
+    # The figures that breaching and torchvision-style CIFAR models print.
+    ("convnet", (32, 32, 3), 2_904_970),
+    ("resnet20", (32, 32, 3), 272_474),
+    ("resnet18", (32, 32, 3), 11_173_962),
+    # 576 + 3,888 + 2 * 11,664 + 20,736 + 73,728 + 32,000, no biases.
+    ("cnn6", (32, 32, 3), 154_256),
   ],
 )
 def test_number_of_parameters(name, shape, parameters):
@@ -42,7 +48,16 @@ def test_lenet_weights_are_uniform_on_one_half():
   assert abs(dense.var() - 1 / 12) < error
 
 
-@pytest.mark.parametrize("name", list(models.MODELS))
+_LARGE = ("convnet", "resnet20", "resnet18")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in _LARGE else [])
+    for name in models.MODELS
+  ],
+)
 @pytest.mark.parametrize("form", [f for f in layers.FORMS if f != "xla"])
 def test_forms_change_no_logit(name, form):
   base, other = _make(name), _make(name, conv=form)

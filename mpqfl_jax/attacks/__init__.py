@@ -10,7 +10,7 @@ import inspect
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import dlg, inverting_gradients
+from mpqfl_jax.attacks import analytic, dlg, inverting_gradients
 from mpqfl_jax.attacks import map as map_attack
 from mpqfl_jax.attacks.core import Attack, simulate
 from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
@@ -33,6 +33,10 @@ ATTACKS: dict[str, tuple[Callable[..., Attack], str]] = {
   "inverting_gradients": (
     inverting_gradients.inverting_gradients,
     "cosine distance and total variation, Geiping et al. 2020",
+  ),
+  "analytic": (
+    analytic.analytic,
+    "quotients of a dense first layer, Phong et al. 2018",
   ),
   "map": (
     map_attack.maximum_a_posteriori,
