@@ -9,7 +9,9 @@ from mpqfl_jax import checkpoint
 
 
 def _tree(value=1.0):
-  params = {"dense1": {"kernel": jnp.full((3, 4), float(value)), "bias": jnp.zeros(4)}}
+  params = {
+    "dense1": {"kernel": jnp.full((3, 4), float(value)), "bias": jnp.zeros(4)}
+  }
   return {
     "params": params,
     "opt": optax.adam(1.0).init(params),
