@@ -14,8 +14,28 @@ AUXILIARY = np.random.default_rng(0).integers(
 )
 
 
-def small_model(name="mlp"):
-  return models.make(name, (6, 6, 1), 4, MEAN, STD, conv="slices")
+def small_model():
+  """Two dense layers with a smooth activation: quick to compile, invertible."""
+
+  def init(key):
+    keys = jax.random.split(key, 4)
+
+    def dense(keys, inputs, outputs):
+      return {
+        "kernel": jax.random.normal(keys[0], (inputs, outputs)) / 3,
+        "bias": jax.random.normal(keys[1], (outputs,)) / 3,
+      }
+
+    return {"dense1": dense(keys[:2], 36, 24), "dense2": dense(keys[2:], 24, 4)}
+
+  def apply(params, x):
+    z = ((x - MEAN) / STD).reshape(x.shape[0], -1)
+    z = jax.nn.sigmoid(
+      z @ params["dense1"]["kernel"] + params["dense1"]["bias"]
+    )
+    return z @ params["dense2"]["kernel"] + params["dense2"]["bias"]
+
+  return types.Model("small", init, apply, (6, 6, 1), 4, MEAN, STD)
 
 
 def observe(model, n=2, steps=1, batch=1, seed=0, labels=False, rate=0.1):
@@ -93,8 +113,57 @@ def test_dlg_takes_back_the_image_and_the_label(name, labels):
   assert np.all(found.objective < 1e-6)
 
 
+def test_analytic_inversion_is_exact():
+  model = models.make("mlp", (6, 6, 1), 4, MEAN, STD)
+  observation, x, y = observe(model, n=3)
+  found = attacks.run(
+    attacks.make("analytic", model),
+    observation,
+    jax.random.key(0),
+    progress=False,
+  )
+  assert np.all(psnr(found.x[:, 0], x[:, 0, 0]) > 100)
+  np.testing.assert_array_equal(found.labels, y[:, 0])
+
+
+def test_map_beats_dlg_on_a_coarse_update_of_structured_images():
+  # Smooth images, so that a prior from others like them has something to say.
+  model = small_model()
+  key = jax.random.key(4)
+  plain = jax.random.uniform(key, (300, 2, 2, 1))
+  smooth = jnp.repeat(jnp.repeat(plain, 3, 1), 3, 2)
+  params = model.init(jax.random.key(5))
+  x, y = smooth[:2, None, None], jnp.array([[[1]], [[3]]])
+  exact = jax.vmap(lambda x, y: attacks.simulate(model, params, x, y, 1.0))(
+    x, y
+  )
+  step = jax.tree.map(lambda u: jnp.max(jnp.abs(u)) / 7, exact)
+  update = jax.tree.map(lambda u, s: s * jnp.round(u / s), exact, step)
+  bins = types.Bins(
+    jax.tree.map(lambda u, s: u - s / 2, update, step),
+    jax.tree.map(lambda u, s: u + s / 2, update, step),
+    jax.tree.map(lambda u, s: jnp.full_like(u, s * s / 12), update, step),
+    jax.tree.map(lambda u: False, update),
+  )
+  seen = types.Observation(
+    jax.tree.map(lambda a: jnp.broadcast_to(a, (2, *a.shape)), params),
+    update,
+    bins,
+    y,
+    jnp.ones(2),
+  )
+  auxiliary = np.uint8(np.round(np.asarray(smooth[2:]) * 255))
+  found = {}
+  for name, observed in (("map", seen), ("dlg", seen._replace(bins=None))):
+    attack = attacks.make(name, model, auxiliary=auxiliary, iterations=200)
+    run = attacks.run(attack, observed, jax.random.key(1), progress=False)
+    found[name] = psnr(run.x[:, 0], np.asarray(x)[:, 0, 0])
+  assert np.all(found["map"] > found["dlg"] + 3)
+  assert np.all(found["map"] > 20)
+
+
 def test_inverting_gradients_takes_back_a_multi_step_batch():
-  model = small_model("lenet_zhu")
+  model = small_model()
   observation, x, y = observe(model, n=1, steps=2, batch=2, labels=True)
   attack = attacks.make(
     "inverting_gradients",
@@ -117,9 +186,8 @@ def test_inverting_gradients_takes_back_a_multi_step_batch():
 def test_results_do_not_depend_on_lanes_chunks_or_company(name):
   model = small_model()
   observation, _, _ = observe(model, n=3)
-  attack = attacks.make(
-    name, model, auxiliary=AUXILIARY, iterations=12, restarts=2
-  )
+  options = {} if name == "analytic" else {"iterations": 12, "restarts": 2}
+  attack = attacks.make(name, model, auxiliary=AUXILIARY, **options)
   run = lambda o, **kw: attacks.run(  # noqa: E731
     attack, o, jax.random.key(5), progress=False, **kw
   )
@@ -182,6 +250,16 @@ def test_mistakes_are_named():
     attacks.make("dgl", model)
   with pytest.raises(errors.UserError, match="iterations"):
     attacks.make("dlg", model, iteration=3)
+  with pytest.raises(errors.UserError, match="takes no settings"):
+    attacks.make("analytic", model, iterations=3)
+  with pytest.raises(errors.UserError, match="auxiliary"):
+    attacks.make("map", model)
+  with pytest.raises(errors.UserError, match="one image of one step"):
+    attacks.make("analytic", model, batch=2)
+  lenet = models.make("lenet_zhu", (6, 6, 1), 4, MEAN, STD)
+  observation, _, _ = observe(lenet, n=1)
+  with pytest.raises(errors.UserError, match="mlp"):
+    attacks.run(attacks.make("analytic", lenet), observation, jax.random.key(0))
   with pytest.raises(errors.UserError, match="objective"):
     attacks.make("inverting_gradients", model, objective="cos")
   observation, _, _ = observe(model, n=1, batch=2)

@@ -82,6 +82,10 @@ def make(
     params["auxiliary"] = auxiliary
     known.remove("auxiliary")
   for param in params.keys() - {"auxiliary"}:
+    if not known:
+      raise errors.UserError(
+        f"attack {name!r} takes no settings; {param!r} was given."
+      )
     if param not in known:
       raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
   return constructor(model, steps, batch, **params)
