@@ -16,6 +16,10 @@ from mpqfl_jax import attacks, federated, local, metrics, specs
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Examples, Model, Observation, Params
 
+# Images that an attack's prior is fitted to: at most, and for a first check.
+MAX_AUXILIARY = 20_000
+FEW_AUXILIARY = 200
+
 
 class Watched(NamedTuple):
   """One client's update as it crossed the wire, and the truth behind it.
@@ -124,13 +128,14 @@ def attack_all(
     attacked images.
   """
   model = setting.model(config, built.data, _attack_conv())
+  auxiliary = auxiliary_images(built, watched)
   summaries: dict[str, dict[str, Any]] = {}
   for spec in config.attack:
     label = attack_label(config, spec)
     for knowledge in config.attack_knowledge:
       scores: dict[str, list[dict[str, Any]]] = {}
       for shape, group in _by_shape(watched):
-        attack = make(spec, model, shape)
+        attack = make(spec, model, shape, auxiliary)
         for defense in built.defenses:
           mine = [w for w in group if w.defense.spec == defense.spec]
           if mine:
@@ -181,14 +186,66 @@ def visited(
   return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
 
 
-def make(spec: str, model: Model, shape: tuple[int, int]) -> attacks.Attack:
+def make(
+  spec: str, model: Model, shape: tuple[int, int], auxiliary: np.ndarray
+) -> attacks.Attack:
   """The attack that a flag names, for updates of one shape.
 
   Raises:
     UserError: no such attack, or settings that it does not take.
   """
   name, options = specs.parse(spec)
-  return attacks.make(name, model, steps=shape[0], batch=shape[1], **options)
+  return attacks.make(
+    name,
+    model,
+    steps=shape[0],
+    batch=shape[1],
+    auxiliary=auxiliary,
+    **options,
+  )
+
+
+def check(
+  config: Config, built: setting.Setting, shapes: Iterable[tuple[int, int]]
+) -> None:
+  """Refuses an attack that cannot do what it will be asked to.
+
+  Args:
+    config: the run's.
+    built: what the run shares.
+    shapes: of the updates that will be attacked.
+
+  Raises:
+    UserError: before anything was computed.
+  """
+  zeros = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype), built.template
+  )
+  for spec in config.attack:
+    for shape in shapes:
+      attack = make(
+        spec, built.model, shape, built.data.x_train[:FEW_AUXILIARY]
+      )
+      labels = jnp.zeros(shape, jnp.int32) if config.labels_known else None
+      attack.check(
+        Observation(zeros, zeros, None, labels, jnp.float32(config.client_lr))
+      )
+
+
+def auxiliary_images(
+  built: setting.Setting, watched: Sequence[Watched]
+) -> np.ndarray:
+  """Training images, none of which is an attacked one, for an attack's prior.
+
+  Returns:
+    [at most MAX_AUXILIARY, height, width, channels] uint8.
+  """
+  x = built.data.x_train
+  attacked = {w_x.tobytes() for w in watched for w_x in _pixels(built, w)}
+  # By content, because data sets hold some images twice.
+  first = x[: MAX_AUXILIARY + len(attacked)]
+  free = [i for i, image in enumerate(first) if image.tobytes() not in attacked]
+  return np.asarray(x[free[:MAX_AUXILIARY]])
 
 
 def attack_label(config: Config, spec: str) -> str:
@@ -237,10 +294,14 @@ def _by_shape(watched: Sequence[Watched]) -> Iterable:
     yield shape, [w for w in watched if w.shape == shape]
 
 
-def _truth(built: setting.Setting, w: Watched) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(built: setting.Setting, w: Watched) -> np.ndarray:
   x = built.data.x_train if w.split == "train" else built.data.x_test
+  return np.asarray(x[w.rows])
+
+
+def _truth(built: setting.Setting, w: Watched) -> tuple[np.ndarray, np.ndarray]:
   y = built.data.y_train if w.split == "train" else built.data.y_test
-  return np.asarray(x[w.rows], np.float32) / 255.0, np.asarray(y[w.rows])
+  return _pixels(built, w).astype(np.float32) / 255.0, np.asarray(y[w.rows])
 
 
 def _observe(config: Config, w: Watched, knowledge: str, labels) -> Observation:

@@ -58,6 +58,15 @@ def run(
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
 
 
+def attacked_shapes(
+  config: Config, built: setting.Setting
+) -> set[tuple[int, int]]:
+  """(local steps, images in each) of the updates that will be attacked."""
+  sizes = {int(size) for size in built.clients.sizes}
+  shapes = (setting.update_shape(config, built.schedule, n) for n in sizes)
+  return {shape for shape in shapes if shape is not None}
+
+
 def _updates(
   config: Config, built: setting.Setting, defense: Defense, params
 ) -> list[adversary.Watched]:

@@ -14,6 +14,7 @@ from mpqfl_jax import errors
 from mpqfl_jax.report import html, tables
 
 _TASKS = {"train": train.run, "attack": attack.run}
+_SHAPES = {"train": train.attacked_shapes, "attack": attack.attacked_shapes}
 
 
 def main(argv: list[str]) -> int:
@@ -65,8 +66,7 @@ def run(values: config.Config) -> pathlib.Path:
     UserError: a mistake, found before the folder is made.
   """
   built = setting.build(values)
-  for spec in values.attack:
-    adversary.make(spec, built.model, (1, 1))
+  adversary.check(values, built, _SHAPES[values.task](values, built))
   run_dir = folder.create(
     values.output_dir,
     {

@@ -89,6 +89,21 @@ def choose_watched(
   return ids
 
 
+def attacked_shapes(
+  config: Config, built: setting.Setting
+) -> set[tuple[int, int]]:
+  """(local steps, images in each) of the updates that will be attacked."""
+  found: set[tuple[int, int]] = set()
+  for number in config.attack_rounds if config.attack else ():
+    cohort = sample(config, built, number)
+    ids = choose_watched(config, built, cohort, number)
+    for size in cohort.size[np.isin(cohort.client_id, ids)]:
+      shape = setting.update_shape(config, built.schedule, int(size))
+      assert shape is not None  # choose_watched picked it
+      found.add(shape)
+  return found
+
+
 class Progress(NamedTuple):
   """All that a training run carries from round to round, as arrays.
 

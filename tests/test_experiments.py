@@ -208,6 +208,19 @@ def test_bytes_reported_are_the_bytes_of_the_messages():
       assert int(out.uplink_bytes) == len(message)
 
 
+def test_auxiliary_images_hold_no_attacked_one(attacked):
+  values = from_args(*SMALL)
+  built = setting.build(values)
+  rows = np.array([0, 3, 5])
+  watched = adversary.Watched(
+    built.defenses[0], 1, 0, None, b"", "train", rows, (1, 3)
+  )
+  images = adversary.auxiliary_images(built, [watched])
+  assert len(images) == len(built.data.x_train) - 3
+  have = {image.tobytes() for image in images}
+  assert not any(built.data.x_train[row].tobytes() in have for row in rows)
+
+
 def test_final_params_digest_is_as_documented():
   params = {"b": {"x": np.float32([1, 2])}, "a": {"y": np.float32([[3]])}}
   want = hashlib.sha256(np.array([3, 1, 2], "<f4").tobytes()).hexdigest()
@@ -241,6 +254,11 @@ def test_final_params_digest_is_as_documented():
     (["--client_lr=0"], "--client_lr is 0"),
     (["--server_optimizer=adm"], "Did you mean 'adam'"),
     (["--task=attack"], "needs --attack"),
+    (["--model=lenet_zhu", "--attack=analytic"], "analytic"),
+    (
+      ["--task=attack", "--attack=idlg", "--batch_size=2"],
+      "infers the label of one image",
+    ),
     (["--task=attack", "--attack=dlg", "--attack_images=test:9"], "multiple"),
     (["--task=attack", "--attack=dlg", "--attack_images=all"], "test:0-7"),
     (
