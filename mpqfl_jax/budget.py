@@ -211,13 +211,12 @@ def snr_leakage(energy: Array, error: Array) -> Array:
   return jnp.maximum(ratio, 0)
 
 
-def expected_errors(menu: choice.Menu, x: Array, stochastic: bool) -> Array:
+def expected_errors(menu: choice.Menu, x: Array) -> Array:
   """Expected squared error of a leaf in each option, [options] float32.
 
   Args:
     menu: the options.
     x: the leaf, finite.
-    stochastic: whether it is rounded at random.
 
   Returns:
     Sums over entries: of the squared rounding error, or of its expectation
@@ -225,6 +224,7 @@ def expected_errors(menu: choice.Menu, x: Array, stochastic: bool) -> Array:
   """
   x = x.reshape(-1)
   extremes = jnp.stack([jnp.min(x), jnp.max(x)])
+  stochastic = menu.rounding == "stochastic"
 
   def lost(scaled, step):
     fraction = scaled - jnp.floor(scaled)
@@ -319,9 +319,9 @@ def _allocated(
   rounding: str,
   choose: Callable[[Array, Array, Array, int], Allocation],
 ) -> Codec:
-  menu = choice.menu(OPTIONS)
+  menu = choice.menu(OPTIONS, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-  leaves = [choice.leaf(shape, menu, rounding) for shape in shapes]
+  leaves = [choice.leaf(shape, menu) for shape in shapes]
   full = [i for i, shape in enumerate(shapes) if 0 not in shape]
   cost = np.array(
     [choice.record_bytes(menu, math.prod(shapes[i])) for i in full]
@@ -329,7 +329,6 @@ def _allocated(
   fixed = wire.OVERHEAD + len(shapes) - len(full)
   least = fixed + int(cost.min(1).sum())
   numerics.require_range("bytes", bytes, least, 2**31 - 1)
-  stochastic = rounding == "stochastic"
   base = codecs.per_leaf(name, params, leaves)
 
   def encode(key, update, state):
@@ -337,17 +336,13 @@ def _allocated(
     # Relative to the largest entry: squares stay within float32.
     peaks = [jnp.max(jnp.abs(arrays[i])) for i in full]
     peak = jnp.maximum(jnp.max(jnp.stack(peaks)), quantize.SMALLEST)
-    error = jnp.stack(
-      [expected_errors(menu, arrays[i] / peak, stochastic) for i in full]
-    )
+    error = jnp.stack([expected_errors(menu, arrays[i] / peak) for i in full])
     energy = jnp.stack([jnp.sum((arrays[i] / peak) ** 2) for i in full])
     picked = choose(energy, error, jnp.asarray(cost), bytes - fixed).picked
     seeds = counter.seeds(key, len(leaves))
     payload: list[dict] = [{} for _ in leaves]
     for i, option in zip(full, picked, strict=True):
-      payload[i] = choice.encode_as(
-        menu, option, seeds[i], arrays[i], stochastic
-      )
+      payload[i] = choice.encode_as(menu, option, seeds[i], arrays[i])
     return tuple(payload), state
 
   return base._replace(encode=encode)

@@ -40,6 +40,7 @@ class Menu(NamedTuple):
 
   Attributes:
     options: the options.
+    rounding: `nearest` or `stochastic`, for all options.
     numerics: of each option, None for a withheld leaf.
     kind: [options] int32, `WITHHELD`, `FLOAT`, `SYMMETRIC` or `AFFINE`.
     low: [options] int32, the smallest code.
@@ -47,17 +48,19 @@ class Menu(NamedTuple):
   """
 
   options: tuple[Option, ...]
+  rounding: str
   numerics: tuple[numerics.Numerics | None, ...]
   kind: np.ndarray
   low: np.ndarray
   levels: np.ndarray
 
 
-def menu(options: Sequence[Option]) -> Menu:
+def menu(options: Sequence[Option], rounding: str = "nearest") -> Menu:
   """Builds the tables of a choice.
 
   Args:
     options: at most 256.
+    rounding: `nearest` or `stochastic`, for all options.
 
   Returns:
     The menu.
@@ -65,6 +68,7 @@ def menu(options: Sequence[Option]) -> Menu:
   Raises:
     UserError: an option names no precision or mode that a choice can hold.
   """
+  numerics.require_choice("rounding", rounding, numerics.ROUNDINGS[:2])
   kinds: list[int] = []
   parts: list[numerics.Numerics | None] = []
   for option in options:
@@ -73,10 +77,12 @@ def menu(options: Sequence[Option]) -> Menu:
       parts.append(None)
     elif option.precision == "float16":
       kinds.append(FLOAT)
-      parts.append(numerics.cast("float16"))
+      parts.append(numerics.cast("float16", rounding))
     elif option.precision in {f"int{bits}" for bits in range(1, 9)}:
       kinds.append(AFFINE if option.mode == "affine" else SYMMETRIC)
-      parts.append(numerics.integer(int(option.precision[3:]), option.mode))
+      parts.append(
+        numerics.integer(int(option.precision[3:]), option.mode, rounding)
+      )
     else:
       raise UserError(
         f"precision {option.precision!r} in a choice: expected none, float16 or"
@@ -86,6 +92,7 @@ def menu(options: Sequence[Option]) -> Menu:
   linear = [kind in (SYMMETRIC, AFFINE) for kind in kinds]
   return Menu(
     tuple(options),
+    rounding,
     tuple(parts),
     np.array(kinds, np.int32),
     np.array([-(n // 2) * i for n, i in zip(levels, linear, strict=True)]),
@@ -104,9 +111,7 @@ def record_bytes(menu: Menu, entries: int) -> np.ndarray:
   return np.array(sizes, np.int32)
 
 
-def encode_as(
-  menu: Menu, choice: Array, seed: Array, x: Array, stochastic: bool
-) -> dict:
+def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   """Encodes a leaf in one option.
 
   Args:
@@ -114,12 +119,12 @@ def encode_as(
     choice: [] int32, index of the option.
     seed: [2] uint32, for stochastic rounding.
     x: the leaf, not empty.
-    stochastic: whether to round at random rather than to the nearest.
 
   Returns:
     The payload of `leaf`.
   """
-  x = quantize.finite(x).reshape(-1)
+  x = jnp.asarray(x, jnp.float32).reshape(-1)
+  stochastic = menu.rounding == "stochastic"
   uniform = counter.uniform(seed, x.shape) if stochastic else None
   kind, low, levels = (
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
@@ -127,7 +132,8 @@ def encode_as(
   low = low.astype(jnp.float32)
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)
   # Both grids depend on the extremes alone.
-  extremes = jnp.stack([jnp.min(x), jnp.max(x)])
+  extremes = jnp.concatenate(quantize.extremes(x))
+  x = quantize.finite(x)
   symmetric = quantize.symmetric_grid(extremes, None, high)
   affine = quantize.affine_grid(extremes, None, low, high, stochastic)
   is_affine = kind == AFFINE
@@ -151,23 +157,20 @@ def encode_as(
   }
 
 
-def leaf(
-  shape: codecs.Shape, menu: Menu, rounding: str = "nearest"
-) -> codecs.LeafCodec:
+def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
   """The codec of a leaf that is sent in one option of a menu.
 
   Args:
     shape: the leaf's.
     menu: the options; `encode` draws one uniformly.
-    rounding: `nearest` or `stochastic`, for all options.
 
   Returns:
     The leaf's codec.
   """
-  numerics.require_choice("rounding", rounding, numerics.ROUNDINGS[:2])
   entries = math.prod(shape)
   if entries == 0:
     return codecs.empty(shape)
+  rounding = menu.rounding
   stochastic = rounding == "stochastic"
   reach, share = (1.0, 6.0) if stochastic else (0.5, 12.0)
   sizes = record_bytes(menu, entries)
@@ -178,7 +181,7 @@ def leaf(
     # A stream of its own, apart from that of the rounding.
     draw = counter.uniform(seed ^ jnp.uint32(0xA5A5A5A5), ())
     choice = (draw * len(menu.options)).astype(jnp.int32)
-    return encode_as(menu, choice, seed, x, stochastic), state
+    return encode_as(menu, choice, seed, x), state
 
   def linear(payload):
     choice = payload["choice"]

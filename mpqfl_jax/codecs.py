@@ -91,19 +91,18 @@ def blockwise(
     return jnp.full((2, blocks.number), jnp.nan, jnp.float32)
 
   def encode(seed, x, state):
-    y = blocks.cut(quantize.finite(x))
+    y = blocks.cut(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
     uniform = counter.uniform(seed, y.shape) if random else None
     reference = y
     if momentum is not None:
-      bottom = jnp.min(y, blocks.axis).reshape(blocks.number)
-      top = jnp.max(y, blocks.axis).reshape(blocks.number)
-      seen = jnp.stack([bottom, top])
+      extremes = quantize.extremes(y, blocks.axis)
+      seen = jnp.stack([e.reshape(blocks.number) for e in extremes])
       known = jnp.where(jnp.isnan(state), seen, state)
       state = momentum * known + (1 - momentum) * seen
       reference = blocks.cut_extremes(known)
     side = numeric.fit(reference, blocks.axis, blocks.sizes)
-    codes = blocks.flat(numeric.encode(y, side, uniform))
+    codes = blocks.flat(numeric.encode(quantize.finite(y), side, uniform))
     codes = codes.astype(jnp.uint8 if levels <= 256 else jnp.uint16)
     payload = {
       name: side[name].reshape(-1).astype(sent.dtype)

@@ -42,7 +42,8 @@ class Numerics(NamedTuple):
     rounding: one of `ROUNDINGS`.
     side: name -> one number a block.
     fit: (y, axis, sizes) -> side information of the blocks that run along
-      `axis` and have `sizes` entries before padding.
+      `axis` and have `sizes` entries before padding; `y` may hold what is not
+      finite.
     encode: (y, side, uniform) -> codes. `uniform` are draws from [0, 1) like
       `y`, or None where rounding is to nearest.
     decode: (codes, side, uniform) -> y; `uniform` only under dither.
@@ -134,7 +135,7 @@ def ternary(clip: float = 2.5) -> Numerics:
 
   def fit(y, axis, sizes):
     largest = _largest(y, axis)
-    unit = y / largest
+    unit = quantize.finite(y) / largest
     mean = jnp.sum(unit, axis, keepdims=True) * (1 / sizes)
     square = jnp.sum(unit * unit, axis, keepdims=True) * (1 / sizes)
     deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0.0))
@@ -175,7 +176,7 @@ def qsgd(levels: int = 7, norm: str = "l2") -> Numerics:
     largest = _largest(y, axis)
     length = largest
     if norm == "l2":
-      unit = y / largest
+      unit = quantize.finite(y) / largest
       square = jnp.sum(unit * unit, axis, keepdims=True)
       length = jnp.minimum(largest * jnp.sqrt(square), quantize.LARGEST)
     scale = jnp.maximum(length * (1 / levels), quantize.SMALLEST)
@@ -205,7 +206,8 @@ def _linear(
   """Numerics of a uniform grid; codes on the wire are offset by `low`."""
   levels = high - low + 1
   # The largest scale of a valid input; with it every decoded value is finite.
-  limit = 2.0**127 / (high - low) * (2.0 if power_of_two else 1.0 + 2.0**-20)
+  steps = high - low - (1 if affine and rounding != "nearest" else 0)
+  limit = 2.0**127 / steps * (2.0 if power_of_two else 1.0 + 2.0**-20)
   if power_of_two:
     name += " pow2"
     largest = int(np.floor(np.log2(limit))) + 127
@@ -365,7 +367,7 @@ def sign(unbiased: bool = False) -> Numerics:
 
   def fit(y, axis, sizes):
     largest = _largest(y, axis)
-    unit = y / largest
+    unit = quantize.finite(y) / largest
     total = jnp.sum(jnp.abs(unit), axis, keepdims=True)
     if unbiased:
       square = jnp.sum(unit * unit, axis, keepdims=True)
@@ -509,8 +511,7 @@ def _between(
 
 
 def _largest(y: Array, axis: int | None) -> Array:
-  largest = jnp.max(jnp.abs(y), axis, keepdims=True)
-  return jnp.maximum(largest, quantize.SMALLEST)
+  return jnp.maximum(quantize.largest_magnitude(y, axis), quantize.SMALLEST)
 
 
 def _exponent_above(scale: Array) -> Array:

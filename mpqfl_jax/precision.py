@@ -262,9 +262,9 @@ def paper(params: Params) -> Codec:
 
 def mixed_random(params: Params, rounding: str = "nearest") -> Codec:
   """Every leaf's precision and mode drawn anew for each round and client."""
-  menu = choice.menu(MIXED_OPTIONS)
+  menu = choice.menu(MIXED_OPTIONS, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-  leaves = [choice.leaf(shape, menu, rounding) for shape in shapes]
+  leaves = [choice.leaf(shape, menu) for shape in shapes]
   return codecs.per_leaf("mixed_random", params, leaves)
 
 

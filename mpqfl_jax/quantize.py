@@ -51,6 +51,27 @@ def finite(x: Array) -> Array:
   return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LARGEST, LARGEST))
 
 
+def largest_magnitude(x: Array, axis: int | None = None) -> Array:
+  """Largest magnitude along `axis` (kept, of length 1), at most 2^126.
+
+  Where an entry is not finite it is 2^126, so that in such an update little
+  else survives. Mending the result, not the entries: a reduction of selections
+  runs at a quarter of the speed.
+  """
+  magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
+  return jnp.where(magnitude <= LARGEST, magnitude, LARGEST)
+
+
+def extremes(x: Array, axis: int | None = None) -> tuple[Array, Array]:
+  """Smallest and largest entry, as `largest_magnitude` has them."""
+  bottom = jnp.min(x, axis, keepdims=True)
+  top = jnp.max(x, axis, keepdims=True)
+  return (
+    jnp.where(bottom >= -LARGEST, jnp.minimum(bottom, LARGEST), -LARGEST),
+    jnp.where(top <= LARGEST, jnp.maximum(top, -LARGEST), LARGEST),
+  )
+
+
 def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
   """The grid with codes -high ... high whose end is the largest magnitude.
 
@@ -62,7 +83,7 @@ def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
   Returns:
     The grid; its scale keeps the reduced axes with length 1.
   """
-  magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
+  magnitude = largest_magnitude(x, axis)
   # A product: the compiler turns a division by a constant into one, and the
   # same payload must come out whether it sees a constant or not.
   scale = jnp.maximum(magnitude * (1 / high), SMALLEST)
@@ -93,8 +114,8 @@ def affine_grid(
   Efficient Integer-Arithmetic-Only Inference" (CVPR 2018), section 3, as TFLite
   computes it (`ChooseQuantizationParams`).
   """
-  bottom = jnp.minimum(jnp.min(x, axis, keepdims=True), 0.0)
-  top = jnp.maximum(jnp.max(x, axis, keepdims=True), 0.0)
+  bottom, top = extremes(x, axis)
+  bottom, top = jnp.minimum(bottom, 0.0), jnp.maximum(top, 0.0)
   steps = high - low - (1 if roomy else 0)
   scale = jnp.maximum((top - bottom) * (1 / steps), SMALLEST)
   exact = low - bottom / scale

@@ -122,16 +122,16 @@ def test_least_leakage_against_all_choices():
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_expected_errors_are_those_of_the_codec(stochastic):
   x = jnp.asarray(np.random.default_rng(2).standard_normal(700), jnp.float32)
-  menu = choice.menu(budget.OPTIONS)
   rounding = "stochastic" if stochastic else "nearest"
-  leaf = choice.leaf(x.shape, menu, rounding)
-  errors = budget.expected_errors(menu, x, stochastic)
+  menu = choice.menu(budget.OPTIONS, rounding)
+  leaf = choice.leaf(x.shape, menu)
+  errors = budget.expected_errors(menu, x)
   seeds = counter.seeds(jax.random.key(0), 300 if stochastic else 1)
 
   @jax.jit
   def measured(option):
     def one(seed):
-      payload = choice.encode_as(menu, option, seed, x, stochastic)
+      payload = choice.encode_as(menu, option, seed, x)
       return jnp.sum((leaf.decode(payload) - x) ** 2)
 
     return jnp.mean(jax.vmap(one)(seeds))
@@ -146,14 +146,10 @@ def test_expected_errors_are_those_of_the_codec(stochastic):
 def test_choice_of_an_integer_equals_its_own_codec(rounding):
   # One program for all options gives what the program of each gives.
   x = jnp.asarray(np.random.default_rng(3).standard_normal(100), jnp.float32)
-  menu = choice.menu(budget.OPTIONS)
-  chosen = choice.leaf(x.shape, menu, rounding)
+  menu = choice.menu(budget.OPTIONS, rounding)
+  chosen = choice.leaf(x.shape, menu)
   seed = jnp.array([1, 2], jnp.uint32)
-  encode = jax.jit(
-    lambda option: choice.encode_as(
-      menu, option, seed, x, rounding == "stochastic"
-    )
-  )
+  encode = jax.jit(lambda option: choice.encode_as(menu, option, seed, x))
   for i, option in enumerate(menu.options):
     if option.precision == "none":
       continue

@@ -1,0 +1,302 @@
+"""How fast an update is quantised, packed and read back.
+
+    python -m benchmarks.quantize --elements=25000000 --peers=qwix,torch
+
+Every system runs in a process of its own, one after the other and over again, so
+that a busy machine slows all of them; the best of all repetitions counts. A
+rate is the bytes read plus the bytes written of the task (float32 in, codes and
+scales out, or the reverse) over the time, whatever passes over memory it took.
+`memcpy_gb_s` is what copying the same float32 array reaches, on as many threads
+as do it best. Packing eight bits of codes in a byte is part of our encoding;
+qwix's int4 takes a byte an element, and torch has no int4, so that its row
+packs with tensor operations. `snr_db` shows that all do the same work.
+
+Workers import nothing of this package but their own system, so that peers need
+no more than themselves in their environments.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+REPETITIONS = 5
+Row = dict[str, Any]
+# (codec, encode() -> payload, decode(payload) -> array, bytes of a payload)
+Task = tuple[str, Callable, Callable, Callable[[Any], int]]
+
+
+def best_seconds(fn: Callable[[], Any]) -> float:
+  """Shortest of several runs, after one that compiles and warms up."""
+  fn()
+  times = []
+  for _ in range(REPETITIONS):
+    began = time.perf_counter()
+    fn()
+    times.append(time.perf_counter() - began)
+  return min(times)
+
+
+def memcpy_gb_s(x: np.ndarray) -> float:
+  """Bytes read plus written a second when copying `x`, GB/s."""
+  out = np.empty_like(x)
+  threads = os.cpu_count() or 1
+  parts = list(
+    zip(np.array_split(out, threads), np.array_split(x, threads), strict=True)
+  )
+  with futures.ThreadPoolExecutor(threads) as pool:
+    spread = best_seconds(
+      lambda: list(pool.map(lambda part: np.copyto(*part), parts))
+    )
+  alone = best_seconds(lambda: np.copyto(out, x))
+  return 2 * x.nbytes / min(spread, alone) / 1e9
+
+
+def ours(x: np.ndarray) -> Iterator[Task]:
+  """This package, each codec as one compiled function a direction."""
+  import jax
+  import jax.numpy as jnp
+
+  from mpqfl_jax import precision
+
+  array = jnp.asarray(x)
+  seed = jnp.array([1, 2], jnp.uint32)
+  cases: list[tuple[str, str, dict[str, Any]]] = [
+    ("float16", "float16", {}),
+    ("bfloat16", "bfloat16", {}),
+    ("float8", "float8", {}),
+    ("int8", "int8", {}),
+    ("int8 affine", "int8", {"mode": "affine"}),
+    ("int4", "int4", {}),
+    ("int2", "int2", {}),
+    ("int8 stochastic", "int8", {"rounding": "stochastic"}),
+    ("int4 stochastic", "int4", {"rounding": "stochastic"}),
+    ("nf4", "nf4", {}),
+    ("sign", "sign", {}),
+    ("qsgd", "qsgd", {}),
+    ("drive", "drive", {}),
+    ("topk", "topk", {"ratio": 0.01}),
+  ]
+  for title, name, options in cases:
+    leaf = precision.leaf_codec(name, x.shape, options)
+
+    def encode_leaf(x: Any, leaf: Any = leaf) -> Any:
+      return leaf.encode(seed, x, leaf.init())[0]
+
+    encode = jax.jit(encode_leaf)
+    decode = jax.jit(leaf.decode)
+    yield (
+      title,
+      lambda encode=encode: jax.block_until_ready(encode(array)),
+      lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
+      lambda payload, leaf=leaf: int(leaf.num_bytes(payload)),
+    )
+
+
+def qwix(x: np.ndarray) -> Iterator[Task]:
+  """qwix's own quantize and dequantize, compiled."""
+  import jax
+  import jax.numpy as jnp
+  from qwix._src.core import qarray
+
+  array = jnp.asarray(x)
+
+  def noise(shape):
+    return jax.random.uniform(jax.random.key(1), shape, minval=-0.5, maxval=0.5)
+
+  cases: list[tuple[str, Any, dict[str, Any]]] = [
+    ("float8", jnp.float8_e4m3fn, {}),
+    ("int8", jnp.int8, {}),
+    ("int8 affine", jnp.int8, {"calibration_method": "minmax"}),
+    ("int4", jnp.int4, {}),
+    ("int2", "int2", {}),
+    ("int8 stochastic", jnp.int8, {"noise_fn": noise}),
+    ("int4 stochastic", jnp.int4, {"noise_fn": noise}),
+    ("nf4", "nf4", {"tiled_axes": {0: 64}}),
+  ]
+  for title, qtype, options in cases:
+    how = qarray.HowToQuantize(qtype=qtype, **options)
+    encode = jax.jit(lambda x, how=how: qarray.quantize(x, how))
+    decode = jax.jit(qarray.dequantize)
+    yield (
+      title,
+      lambda encode=encode: jax.block_until_ready(encode(array)),
+      lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
+      lambda payload: sum(leaf.nbytes for leaf in jax.tree.leaves(payload)),
+    )
+
+
+def torch(x: np.ndarray) -> Iterator[Task]:
+  """torch: its own casts and quantised tensors, else its tensor operations."""
+  import torch
+
+  array = torch.from_numpy(x)
+
+  def scale_of(largest):
+    low, high = torch.aminmax(array)
+    return float(torch.maximum(-low, high)) / largest
+
+  def int8():
+    return torch.quantize_per_tensor(array, scale_of(127), 0, torch.qint8)
+
+  def affine():
+    low, high = (float(part) for part in torch.aminmax(array))
+    scale = (max(high, 0) - min(low, 0)) / 255
+    zero = round(-128 - min(low, 0) / scale)
+    return torch.quantize_per_tensor(array, scale, zero, torch.qint8)
+
+  def codes(largest, stochastic):
+    scale = scale_of(largest)
+    y = array / scale
+    y = y.add_(torch.rand_like(y)).floor_() if stochastic else y.round_()
+    return scale, y.clamp_(-largest, largest).add_(largest).to(torch.uint8)
+
+  def stochastic8():
+    return codes(127, True)
+
+  def pack4(stochastic):
+    scale, code = codes(7, stochastic)
+    half = code.numel() // 2
+    return scale, code[:half] | (code[half:] << 4)
+
+  def unpack4(payload):
+    scale, packed = payload
+    code = torch.cat([packed & 15, packed >> 4])
+    return code.to(torch.float32).sub_(7).mul_(scale)
+
+  def float8():
+    scale = scale_of(448)
+    return scale, (array / scale).to(torch.float8_e4m3fn)
+
+  def scaled(payload, offset=0):
+    return payload[1].to(torch.float32).sub_(offset).mul_(payload[0])
+
+  def size(payload):
+    array = payload[1] if isinstance(payload, tuple) else payload
+    return array.numel() * array.element_size()
+
+  yield "float16", lambda: array.half(), lambda p: p.float(), size
+  yield "bfloat16", lambda: array.bfloat16(), lambda p: p.float(), size
+  yield "float8", float8, scaled, size
+  yield "int8", int8, lambda p: p.dequantize(), size
+  yield "int8 affine", affine, lambda p: p.dequantize(), size
+  yield "int4", lambda: pack4(False), unpack4, size
+  yield "int8 stochastic", stochastic8, lambda p: scaled(p, 127), size
+  yield "int4 stochastic", lambda: pack4(True), unpack4, size
+
+
+SYSTEMS = {"mpqfl_jax": ours, "qwix": qwix, "torch": torch}
+
+
+def work(system: str, elements: int) -> list[Row]:
+  """All rows of one system, in this process."""
+  x = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
+  x *= np.float32(0.01)
+  copy = memcpy_gb_s(x)
+  rows = []
+  for codec, encode, decode, size in SYSTEMS[system](x):
+    payload = encode()
+    bytes_ = size(payload)
+    error = np.asarray(decode(payload)).reshape(-1) - x
+    snr = 10 * np.log10(np.mean(x**2) / np.mean(error**2))
+    moved = (x.nbytes + bytes_) / 1e9
+    rows.append(
+      {
+        "system": system,
+        "codec": codec,
+        "elements": elements,
+        "encode_gb_s": moved / best_seconds(encode),
+        "decode_gb_s": moved / best_seconds(lambda: decode(payload)),
+        "memcpy_gb_s": copy,
+        "bits_per_element": 8 * bytes_ / elements,
+        "snr_db": float(snr),
+      }
+    )
+  return rows
+
+
+def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
+  """Rows of one system, in a process of its own."""
+  python = sys.executable
+  if system != "mpqfl_jax":
+    python = str(peers_dir / system / "bin" / "python")
+    if not pathlib.Path(python).exists():
+      raise SystemExit(f"no {python}: run `make bench-peers` first")
+  command = [python, __file__, f"--worker={system}", f"--elements={elements}"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    raise SystemExit(f"{system} failed:\n{done.stderr}")
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def merge(rows: list[Row]) -> list[Row]:
+  """The best of all rounds for each system and codec."""
+  best: dict[tuple[str, str], Row] = {}
+  copy = max(row["memcpy_gb_s"] for row in rows)
+  for row in rows:
+    kept = best.setdefault((row["codec"], row["system"]), dict(row))
+    kept["memcpy_gb_s"] = copy
+    for rate in ("encode_gb_s", "decode_gb_s"):
+      kept[rate] = max(kept[rate], row[rate])
+  order = {codec: i for i, (codec, _) in enumerate(best)}
+  return sorted(best.values(), key=lambda row: order[row["codec"]])
+
+
+def print_table(rows: list[Row]) -> None:
+  """Prints rates, and their share of the copy's."""
+  print(
+    f"{'codec':16} {'system':10} {'encode GB/s':>17} {'decode GB/s':>17}"
+    f" {'bits':>6} {'SNR dB':>7}"
+  )
+  for row in rows:
+    copy = row["memcpy_gb_s"]
+    cells = [
+      f"{row[rate]:9.2f} ({row[rate] / copy:4.0%})"
+      for rate in ("encode_gb_s", "decode_gb_s")
+    ]
+    print(
+      f"{row['codec']:16} {row['system']:10} {cells[0]:>17} {cells[1]:>17}"
+      f" {row['bits_per_element']:6.2f} {row['snr_db']:7.1f}"
+    )
+  print(f"copying float32: {rows[0]['memcpy_gb_s']:.2f} GB/s")
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  parser.add_argument("--elements", type=int, default=25_000_000)
+  parser.add_argument("--peers", default="", help="of qwix, torch")
+  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--json", default="", help="file to write")
+  parser.add_argument(
+    "--peers_dir", type=pathlib.Path, default=pathlib.Path(".venv-peers")
+  )
+  parser.add_argument("--worker", choices=SYSTEMS, help=argparse.SUPPRESS)
+  flags = parser.parse_args()
+  if flags.worker:
+    print(json.dumps(work(flags.worker, flags.elements)))
+    return
+  peers = [peer for peer in flags.peers.split(",") if peer]
+  for peer in peers:
+    if peer not in SYSTEMS:
+      parser.error(f"unknown peer {peer!r}: expected qwix or torch")
+  rows = []
+  for _ in range(flags.rounds):
+    for system in ("mpqfl_jax", *peers):
+      rows += run(system, flags.elements, flags.peers_dir)
+  rows = merge(rows)
+  print_table(rows)
+  if flags.json:
+    pathlib.Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()
