@@ -91,45 +91,59 @@ def _answer(folder, x, iterations, seconds) -> None:
 
 def _breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
   """Geiping's breaching; imports nothing of this package."""
-  import breaching  # type: ignore[import-not-found]
+  import omegaconf  # type: ignore[import-not-found]
   import torch  # type: ignore[import-not-found]
 
-  task = np.load(folder / "task.npz")
-  height, width, channels = task["x"].shape[1:]
-  classes = task["w3"].shape[1]
+  # breaching imports torchvision, whose build in the registry is for another
+  # torch than the CPU's and then fails for want of its own operators. Nothing
+  # here calls them.
+  library = torch.library.Library("torchvision", "DEF")
+  for name in ("nms", "qnms"):
+    library.define(
+      f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
+  import breaching  # type: ignore[import-not-found]
+
+  arrays = np.load(folder / "task.npz")
+  height, width, channels = arrays["x"].shape[1:]
+  classes = arrays["w3"].shape[1]
   layers, last, side = [], channels, (height, width)
   for i, stride in enumerate((2, 2, 1)):
     conv = torch.nn.Conv2d(last, 12, 5, padding=2, stride=stride)
-    conv.weight.data = torch.tensor(task[f"w{i}"].transpose(3, 2, 0, 1))
-    conv.bias.data = torch.tensor(task[f"b{i}"])
+    conv.weight.data = torch.tensor(arrays[f"w{i}"].transpose(3, 2, 0, 1))
+    conv.bias.data = torch.tensor(arrays[f"b{i}"])
     layers += [conv, torch.nn.Sigmoid()]
     last, side = 12, tuple(-(-s // stride) for s in side)
   dense = torch.nn.Linear(12 * side[0] * side[1], classes)
   # Flattened (row, column, channel) here, (channel, row, column) there.
-  kernel = task["w3"].reshape(*side, 12, classes).transpose(3, 2, 0, 1)
+  kernel = arrays["w3"].reshape(*side, 12, classes).transpose(3, 2, 0, 1)
   dense.weight.data = torch.tensor(kernel.reshape(classes, -1).copy())
-  dense.bias.data = torch.tensor(task["b3"])
+  dense.bias.data = torch.tensor(arrays["b3"])
   model = torch.nn.Sequential(*layers, torch.nn.Flatten(), dense)
 
-  name = {"dlg": "deepleakage", "inverting_gradients": "invertinggradients"}
-  cfg = breaching.get_attack_config(name[args.attack])
+  theirs = {"dlg": "deepleakage", "inverting_gradients": "invertinggradients"}
+  cfg = breaching.get_attack_config(theirs[args.attack])
   setup = {"device": torch.device("cpu"), "dtype": torch.float}
   torch.manual_seed(args.seed)
   loss_fn = torch.nn.CrossEntropyLoss()
 
-  class Metadata:
-    modality = "vision"
-    task = "classification"
-    shape = (channels, height, width)
-    normalize = True
-    mean = tuple(float(v) for v in task["mean"])
-    std = tuple(float(v) for v in task["std"])
-
-  Metadata.classes = classes  # type: ignore[attr-defined]
-  mean = torch.tensor(Metadata.mean)[None, :, None, None]
-  std = torch.tensor(Metadata.std)[None, :, None, None]
+  center = [float(v) for v in arrays["mean"]]
+  spread = [float(v) for v in arrays["std"]]
+  metadata = omegaconf.OmegaConf.create(
+    {
+      "modality": "vision",
+      "task": "classification",
+      "classes": classes,
+      "shape": [channels, height, width],
+      "normalize": True,
+      "mean": center,
+      "std": spread,
+    }
+  )
+  mean = torch.tensor(center)[None, :, None, None]
+  std = torch.tensor(spread)[None, :, None, None]
   found, begin = [], time.perf_counter()
-  for image, label in zip(task["x"], task["y"], strict=True):
+  for image, label in zip(arrays["x"], arrays["y"], strict=True):
     x = (torch.tensor(image.transpose(2, 0, 1))[None] - mean) / std
     loss = loss_fn(model(x), torch.tensor([int(label)]))
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -137,7 +151,7 @@ def _breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     payload = {
       "parameters": [p.detach() for p in model.parameters()],
       "buffers": [],
-      "metadata": Metadata,
+      "metadata": metadata,
     }
     shared = {
       "gradients": [g.detach() for g in gradients],
