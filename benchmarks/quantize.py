@@ -2,8 +2,8 @@
 
     python -m benchmarks.quantize --elements=25000000 --peers=qwix,torch
 
-Every system runs in a process of its own, one after the other and over again, so
-that a busy machine slows all of them; the best of all repetitions counts. A
+Every system runs in a process of its own, one after the other and over again,
+so that a busy machine slows all of them; the best of all repetitions counts. A
 rate is the bytes read plus the bytes written of the task (float32 in, codes and
 scales out, or the reverse) over the time, whatever passes over memory it took.
 `memcpy_gb_s` is what copying the same float32 array reaches, on as many threads
@@ -93,11 +93,15 @@ def ours(x: np.ndarray) -> Iterator[Task]:
 
     encode = jax.jit(encode_leaf)
     decode = jax.jit(leaf.decode)
+
+    def size(payload: Any, leaf: Any = leaf) -> int:
+      return int(leaf.num_bytes(payload))
+
     yield (
       title,
       lambda encode=encode: jax.block_until_ready(encode(array)),
       lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
-      lambda payload, leaf=leaf: int(leaf.num_bytes(payload)),
+      size,
     )
 
 

@@ -185,7 +185,7 @@ def sent(codec, update):
 def test_budget_is_kept_and_spent_well():
   update = an_update()
   previous = 1.1
-  for bytes_ in (60, 1800, 6000):
+  for bytes_ in (60, 3000):
     codec = precision.make("budget", PARAMS, bytes=bytes_)
     message, error, _ = sent(codec, update)
     assert len(message) <= bytes_

@@ -26,6 +26,12 @@ values = hnp.arrays(
   elements=st.floats(-1e6, 1e6, width=32, allow_subnormal=False),
 )
 WIDTHS = [2, 3, 4, 5, 6, 7, 8, 16]
+# What the quick run compiles of them.
+QUICK_WIDTHS = (2, 4, 8)
+some_widths = [
+  bits if bits in QUICK_WIDTHS else pytest.param(bits, marks=pytest.mark.slow)
+  for bits in WIDTHS
+]
 # Of a false alarm in one statistical test; there are about 60 of them.
 ALPHA = 1e-6
 
@@ -144,7 +150,7 @@ def step_of(x, bits, mode):
 
 
 @pytest.mark.parametrize("mode", numerics.MODES)
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", some_widths)
 def test_nearest_properties(bits, mode):
   run = jitted(f"int{bits}", mode=mode)
 
@@ -204,7 +210,11 @@ def draws(name, x, count, **options):
 
 STOCHASTIC = [
   *(
-    (f"int{bits}", {"mode": mode, "rounding": "stochastic"})
+    pytest.param(
+      f"int{bits}",
+      {"mode": mode, "rounding": "stochastic"},
+      marks=[] if bits in QUICK_WIDTHS else [pytest.mark.slow],
+    )
     for bits in WIDTHS
     for mode in numerics.MODES
   ),
