@@ -81,7 +81,7 @@ def _observe(model, params, x, y):
     jax.tree.map(lambda *a: np.stack(a), *updates),
     None,
     None,
-    np.ones(n, np.float32),
+    jnp.ones(n),
   )
 
 
@@ -91,8 +91,8 @@ def _answer(folder, x, iterations, seconds) -> None:
 
 def _breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
   """Geiping's breaching; imports nothing of this package."""
-  import omegaconf  # type: ignore[import-not-found]
-  import torch  # type: ignore[import-not-found]
+  import omegaconf
+  import torch
 
   # breaching imports torchvision, whose build in the registry is for another
   # torch than the CPU's and then fails for want of its own operators. Nothing
@@ -102,7 +102,7 @@ def _breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     library.define(
       f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     )
-  import breaching  # type: ignore[import-not-found]
+  import breaching
 
   arrays = np.load(folder / "task.npz")
   height, width, channels = arrays["x"].shape[1:]
