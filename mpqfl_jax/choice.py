@@ -133,7 +133,6 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)
   # Both grids depend on the extremes alone.
   extremes = jnp.concatenate(quantize.extremes(x))
-  x = quantize.finite(x)
   symmetric = quantize.symmetric_grid(extremes, None, high)
   affine = quantize.affine_grid(extremes, None, low, high, stochastic)
   is_affine = kind == AFFINE
@@ -143,8 +142,11 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
     low,
     high,
   )
-  codes = (quantize.quantize(x, grid, uniform) - low).astype(jnp.uint16)
-  half = quantize.to_format(x, quantize.FLOAT_FORMATS["float16"], uniform)
+  codes = (quantize.quantize(x, grid, uniform) - low).astype(jnp.int32)
+  codes = codes.astype(jnp.uint16)
+  half = quantize.to_format(
+    quantize.finite(x), quantize.FLOAT_FORMATS["float16"], uniform
+  )
   half = jax.lax.bitcast_convert_type(half, jnp.uint16)
   codes = jnp.where(kind == FLOAT, half, codes)
   linear = (kind == SYMMETRIC) | is_affine

@@ -102,7 +102,7 @@ def blockwise(
       state = momentum * known + (1 - momentum) * seen
       reference = blocks.cut_extremes(known)
     side = numeric.fit(reference, blocks.axis, blocks.sizes)
-    codes = blocks.flat(numeric.encode(quantize.finite(y), side, uniform))
+    codes = blocks.flat(numeric.encode(y, side, uniform))
     codes = codes.astype(jnp.uint8 if levels <= 256 else jnp.uint16)
     payload = {
       name: side[name].reshape(-1).astype(sent.dtype)

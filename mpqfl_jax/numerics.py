@@ -236,9 +236,12 @@ def _linear(
   def encode(y, side, uniform):
     grid = grid_of(side)
     if rounding == "dither":
-      shifted = jnp.round(y / grid.scale + (uniform - 0.5)) + grid.zero_point
-      return jnp.clip(shifted, grid.low, grid.high)
-    return quantize.quantize(y, grid, uniform)
+      steps = jnp.round(y / grid.scale + (uniform - 0.5))
+      codes = quantize.to_codes(steps, y, grid)
+    else:
+      codes = quantize.quantize(y, grid, uniform)
+    # Straight to a byte, the compiler clamps once more.
+    return codes.astype(jnp.int32)
 
   def decode(codes, side, uniform):
     codes = codes.astype(jnp.float32)
@@ -303,6 +306,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
     return {"scale": quantize.symmetric_grid(y, axis, fmt.largest).scale}
 
   def encode(y, side, uniform):
+    y = quantize.finite(y)
     value = quantize.to_format(y / side["scale"] if scaled else y, fmt, uniform)
     return jax.lax.bitcast_convert_type(value, code_type)
 
@@ -394,7 +398,7 @@ def sign(unbiased: bool = False) -> Numerics:
     "nearest",
     {"scale": SideField(np.float32, _between(0.0, limit))},
     fit,
-    lambda y, side, uniform: y >= 0,
+    lambda y, side, uniform: (y >= 0) | jnp.isnan(y),
     decode,
     bins,
     _between(0, 1),
@@ -438,7 +442,7 @@ def nf4() -> Numerics:
   edges = jnp.asarray(np.concatenate([[-1], middle, [1]]), jnp.float32)
 
   def encode(y, side, uniform):
-    unit = y / side["scale"]
+    unit = quantize.finite(y) / side["scale"]
     return sum((unit > edge).astype(jnp.int32) for edge in middle)
 
   def decode(codes, side, uniform):

@@ -127,7 +127,7 @@ def quantize(x: Array, grid: Grid, uniform: Array | None = None) -> Array:
   """The codes of the nearest grid points, or of a neighbour drawn at random.
 
   Args:
-    x: values.
+    x: values, which need not be finite.
     grid: what to quantise to.
     uniform: independent draws from [0, 1) like `x` for stochastic rounding;
       None rounds to the nearest, ties to even.
@@ -137,8 +137,15 @@ def quantize(x: Array, grid: Grid, uniform: Array | None = None) -> Array:
   """
   # A division, not a product with the reciprocal: the code of a grid point is
   # then exact, and the compiler cannot contract it with the sum that follows.
-  codes = round_to_integer(x / grid.scale, uniform) + grid.zero_point
-  return jnp.clip(codes, grid.low, grid.high)
+  return to_codes(round_to_integer(x / grid.scale, uniform), x, grid)
+
+
+def to_codes(steps: Array, x: Array, grid: Grid) -> Array:
+  """The codes of rounded multiples of the scale; NaN in `x` becomes zero."""
+  # One clamp: the pair of minimum and maximum takes twice the time.
+  low, high = jnp.float32(grid.low), jnp.float32(grid.high)
+  codes = jax.lax.clamp(low, steps + grid.zero_point, high)
+  return jnp.where(jnp.isnan(x), grid.zero_point, codes)
 
 
 def dequantize(codes: Array, grid: Grid) -> Array:
