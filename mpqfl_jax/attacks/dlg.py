@@ -24,10 +24,22 @@ class State(NamedTuple):
     optimizer: L-BFGS over standardised pixels and, where the labels are
       searched for, their logits, as one vector.
     labels: [steps, batch] int32; unused where they are searched for.
+    taken: [] int32, iterations taken.
+    mark: [] float32, objective when progress was last looked at.
+    stalled: [] bool, whether there was next to none since the look before.
   """
 
   optimizer: lbfgs.State
   labels: Array
+  taken: Array
+  mark: Array
+  stalled: Array
+
+
+# A search that has not lowered its objective by a hundredth in this many steps
+# is over: coarse updates have no exact match to go on for.
+_PATIENCE = 100
+_PROGRESS = 0.99
 
 
 def _matching(
@@ -77,12 +89,27 @@ def _matching(
       labels = labels_lib.infer(model, observation, steps, batch)
     else:
       labels = jnp.zeros((steps, batch), jnp.int32)
-    return State(lbfgs.init(v, history), labels)
+    return State(
+      lbfgs.init(v, history),
+      labels,
+      jnp.int32(0),
+      jnp.float32(jnp.inf),
+      jnp.bool_(False),
+    )
 
   def step(state: State, observation: Observation) -> tuple[State, Array]:
     fn = functools.partial(loss, labels=state.labels, observation=observation)
     value = state.optimizer.value
-    return state._replace(optimizer=lbfgs.step(fn, state.optimizer)), value
+    optimizer = lbfgs.step(fn, state.optimizer)
+    taken = state.taken + 1
+    look = taken % _PATIENCE == 0
+    return State(
+      optimizer,
+      state.labels,
+      taken,
+      jnp.where(look, optimizer.value, state.mark),
+      look & ~(optimizer.value < _PROGRESS * state.mark),
+    ), value
 
   def extract(state: State) -> tuple[Array, Array]:
     x, logits = split(state.optimizer.x)
@@ -91,7 +118,7 @@ def _matching(
     return x, labels.reshape(images).astype(jnp.int32)
 
   def finished(state: State) -> Array:
-    stuck = state.optimizer.failures >= 3
+    stuck = state.stalled | (state.optimizer.failures >= 3)
     return stuck | (state.optimizer.value < tolerance)
 
   def check(observation: Observation) -> None:
