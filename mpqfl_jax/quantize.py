@@ -7,7 +7,7 @@ is extended to contain zero and the zero point is an integer, so that zero is
 represented exactly.
 
 >>> import jax.numpy as jnp
->>> x = jnp.array([-1.0, 0.0, 0.25, 2.0])
+>>> x = jnp.array([-1.0, 0.0, 0.25, 1.75])
 >>> grid = symmetric_grid(x, None, high=7)
 >>> codes = quantize(x, grid)
 >>> codes.tolist()

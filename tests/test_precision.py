@@ -1,11 +1,13 @@
 """Rules, policies, policy files and tables."""
 
+import doctest
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpqfl_jax import choice, precision
+from mpqfl_jax import choice, precision, quantize
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.precision import QuantRule
 
@@ -196,6 +198,12 @@ def test_table_by_hand():
     ["conv1/kernel", "4", *"int4 symmetric nearest 14.00 7 24.9".split()],
     ["message", "6", "33.33", "25", "24.9"],
   ]
+
+
+@pytest.mark.parametrize("module", [precision, quantize])
+def test_examples_in_the_docs(module):
+  result = doctest.testmod(module)
+  assert result.attempted > 2 and result.failed == 0
 
 
 def test_choices_hold_what_a_byte_can_code():
