@@ -192,10 +192,11 @@ def test_table_by_hand():
   codec = precision.make("int4", params)
   # 0.4 is lost of an energy of 49.16: 10 log10(49.16 / 0.16) = 24.9 dB.
   lines = precision.table(codec, update, jax.random.key(0)).splitlines()
+  rule = ["int4", "symmetric", "nearest"]
   assert [line.split() for line in lines] == [
     ["layer", "parameters", "rule", "bits", "bytes", "SNR", "dB"],
-    ["conv1/bias", "2", *"int4 symmetric nearest 24.00 6 exact".split()],
-    ["conv1/kernel", "4", *"int4 symmetric nearest 14.00 7 24.9".split()],
+    ["conv1/bias", "2", *rule, "24.00", "6", "exact"],
+    ["conv1/kernel", "4", *rule, "14.00", "7", "24.9"],
     ["message", "6", "33.33", "25", "24.9"],
   ]
 
