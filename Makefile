@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow lint typecheck clean
+.PHONY: setup quickstart test test-slow lint typecheck bench-peers clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,16 @@ lint: setup
 
 typecheck: setup
 	$(BIN)/mypy
+
+# One environment for each peer that the benchmarks run beside us.
+PEERS ?= qwix torch breaching
+bench-peers:
+	for peer in $(PEERS); do \
+	  test -x .venv-peers/$$peer/bin/python || \
+	    $(PYTHON) -m venv .venv-peers/$$peer; \
+	  .venv-peers/$$peer/bin/python -m pip install --quiet \
+	    --disable-pip-version-check numpy $$peer; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments import folder, setting
 from experiments.config import Config
-from mpqfl_jax import attacks, federated, local, metrics, specs
+from mpqfl_jax import attacks, defenses, federated, local, metrics, specs
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Examples, Model, Observation, Params
 
@@ -310,7 +310,7 @@ def _observe(config: Config, w: Watched, knowledge: str, labels) -> Observation:
   return Observation(
     params=w.params,
     update=codec.decode(payload),
-    bins=codec.bins(payload) if knowledge == "adaptive" else None,
+    bins=defenses.bins(w.defense, payload) if knowledge == "adaptive" else None,
     labels=labels.reshape(w.shape) if config.labels_known else None,
     learning_rate=jnp.float32(config.client_lr),
   )

@@ -7,8 +7,11 @@ update before it is encoded.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from mpqfl_jax import dp, errors, precision, specs, transforms
-from mpqfl_jax.types import Codec, Params, UpdateTransform
+from mpqfl_jax.types import Bins, Codec, Params, Payload, UpdateTransform
 
 
 class Defense(NamedTuple):
@@ -20,12 +23,15 @@ class Defense(NamedTuple):
     codec: how the update crosses the wire.
     epsilon: (number of updates that one client sent, delta) -> epsilon of its
       local differential privacy, None where there is no proof.
+    noise_stddev: of the noise that the transform adds, which whoever knows the
+      defence knows, too.
   """
 
   spec: str
   transform: UpdateTransform
   codec: Codec
   epsilon: Callable[[int, float], float] | None
+  noise_stddev: float = 0.0
 
 
 def _dp_gaussian(
@@ -38,6 +44,7 @@ def _dp_gaussian(
     lambda releases, delta: dp.gaussian_epsilon(
       noise_multiplier, releases, delta
     ),
+    noise_stddev=noise_multiplier * clip,
   )
 
 
@@ -48,6 +55,25 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
     "clip and Gaussian noise at the client, Dwork and Roth 2014",
   ),
 }
+
+
+def bins(defense: Defense, payload: Payload) -> Bins:
+  """What a payload says of the update before the noise, for an attacker.
+
+  Noise moves every entry without a bound and adds its variance. That the update
+  may have been clipped is not said.
+  """
+  known = defense.codec.bins(payload)
+  if not defense.noise_stddev:
+    return known
+  return Bins(
+    lower=jax.tree.map(lambda u: jnp.full_like(u, -jnp.inf), known.lower),
+    upper=jax.tree.map(lambda u: jnp.full_like(u, jnp.inf), known.upper),
+    variance=jax.tree.map(
+      lambda v: v + defense.noise_stddev**2, known.variance
+    ),
+    stochastic=jax.tree.map(lambda flag: False, known.stochastic),
+  )
 
 
 def make(spec: str, params: Params) -> Defense:
