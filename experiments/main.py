@@ -1,12 +1,11 @@
 """python -m experiments.main --flagfile=experiments/flags/NAME.flags"""
 
 import dataclasses
-import logging
 import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 
 from experiments import adversary, attack, config, folder, setting, train
@@ -23,7 +22,9 @@ def main(argv: list[str]) -> int:
   Returns:
     The exit status: 2 for a user's mistake, 130 after an interrupt.
   """
-  logging.getLogger("jax").setLevel(logging.WARNING)
+  # Libraries report every checkpoint at the level of information.
+  if flags.FLAGS["verbosity"].using_default_value:
+    logging.set_verbosity(logging.WARNING)
   # Before JAX looks for its devices: on a CPU, one device a core.
   jax.config.update(
     "jax_num_cpu_devices", flags.FLAGS.devices or os.cpu_count()
