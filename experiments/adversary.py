@@ -3,113 +3,26 @@
 from collections.abc import Iterable, Sequence
 import io
 import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import folder, setting
+from experiments import folder, observations, setting
 from experiments.config import Config
-from mpqfl_jax import attacks, defenses, federated, local, metrics, specs
-from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Examples, Model, Observation, Params
+from mpqfl_jax import attacks, defenses, metrics, specs
+from mpqfl_jax.types import Model, Observation
 
 # Images that an attack's prior is fitted to: at most, and for a first check.
 MAX_AUXILIARY = 20_000
 FEW_AUXILIARY = 200
 
 
-class Watched(NamedTuple):
-  """One client's update as it crossed the wire, and the truth behind it.
-
-  Attributes:
-    defense: what the client did; its codec is public.
-    round: from 1; 0 where no training took place.
-    client: its id.
-    params: the global model that the client started from.
-    message: the bytes that crossed the wire.
-    split: which split the images are from.
-    rows: [steps * batch], their rows there, in the order of training.
-    shape: (local steps, images in each).
-  """
-
-  defense: Defense
-  round: int
-  client: int
-  params: Params
-  message: bytes
-  split: str
-  rows: np.ndarray
-  shape: tuple[int, int]
-
-
-def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
-  """Writes what the server keeps to `observations/`, a file an update."""
-  for w in watched:
-    buffer = io.BytesIO()
-    leaves = jax.tree.leaves(w.params)
-    np.savez(
-      buffer,
-      message=np.frombuffer(w.message, np.uint8),
-      rows=w.rows,
-      shape=np.array(w.shape),
-      split=w.split,
-      **{f"param_{i}": leaf for i, leaf in enumerate(leaves)},
-    )
-    folder.write_atomically(_place(run_dir, w), buffer.getvalue())
-
-
-def _place(run_dir: pathlib.Path, w: Watched) -> pathlib.Path:
-  name = f"{folder.slug(w.defense.spec)}_round{w.round}_client{w.client}.npz"
-  return run_dir / "observations" / name
-
-
-def load(
-  run_dir: pathlib.Path, defense: Defense, last_round: int, params: Params
-) -> list[Watched]:
-  """Reads what `store` wrote of one defence, up to a round.
-
-  Args:
-    run_dir: the run's folder.
-    defense: whose updates.
-    last_round: later ones are left out.
-    params: gives the structure of the parameters.
-
-  Returns:
-    In the order in which they were kept.
-  """
-  pattern = re.compile(
-    re.escape(folder.slug(defense.spec)) + r"_round(\d+)_client(\d+)\.npz"
-  )
-  template, treedef = jax.tree.flatten(params)
-  found = []
-  for path in (run_dir / "observations").glob("*.npz"):
-    match = pattern.fullmatch(path.name)
-    if match is None or int(match[1]) > last_round:
-      continue
-    with np.load(path) as file:
-      leaves = [file[f"param_{i}"] for i in range(len(template))]
-      found.append(
-        Watched(
-          defense,
-          int(match[1]),
-          int(match[2]),
-          jax.tree.unflatten(treedef, leaves),
-          file["message"].tobytes(),
-          str(file["split"]),
-          file["rows"],
-          (int(file["shape"][0]), int(file["shape"][1])),
-        )
-      )
-  return sorted(found, key=lambda w: (w.round, len(w.rows), w.client))
-
-
 def attack_all(
   config: Config,
   built: setting.Setting,
-  watched: Sequence[Watched],
+  watched: Sequence[observations.Watched],
   run_dir: pathlib.Path,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
   """Runs every attack on every watched update and writes what came of it.
@@ -164,28 +77,6 @@ def attack_all(
   return summaries, references
 
 
-def visited(
-  schedule: local.Schedule,
-  examples: Examples,
-  round_key,
-  client: int,
-  offset: int,
-  size: int,
-  shape: tuple[int, int],
-) -> np.ndarray:
-  """Rows of the training set that a client's update is made of, in order."""
-  batches = federated.client_keys(round_key, client).batches
-  # A gradient over all of the client's data is one step of many batches.
-  rows, mask = schedule.rows(
-    batches,
-    jnp.int32(offset),
-    jnp.int32(size),
-    examples.order,
-    -(-shape[0] * shape[1] // schedule.batch_size),
-  )
-  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
-
-
 def make(
   spec: str, model: Model, shape: tuple[int, int], auxiliary: np.ndarray
 ) -> attacks.Attack:
@@ -233,7 +124,7 @@ def check(
 
 
 def auxiliary_images(
-  built: setting.Setting, watched: Sequence[Watched]
+  built: setting.Setting, watched: Sequence[observations.Watched]
 ) -> np.ndarray:
   """Training images, none of which is an attacked one, for an attack's prior.
 
@@ -256,7 +147,10 @@ def attack_label(config: Config, spec: str) -> str:
 
 
 def _known(
-  run_dir: pathlib.Path, label: str, knowledge: str, watched: Sequence[Watched]
+  run_dir: pathlib.Path,
+  label: str,
+  knowledge: str,
+  watched: Sequence[observations.Watched],
 ) -> list[dict[str, Any]]:
   """The lines of these attacks where a former part of the run has all.
 
@@ -289,22 +183,26 @@ def _attack_conv() -> str:
   return "slices" if jax.default_backend() == "cpu" else "xla"
 
 
-def _by_shape(watched: Sequence[Watched]) -> Iterable:
+def _by_shape(watched: Sequence[observations.Watched]) -> Iterable:
   for shape in sorted({w.shape for w in watched}):
     yield shape, [w for w in watched if w.shape == shape]
 
 
-def _pixels(built: setting.Setting, w: Watched) -> np.ndarray:
+def _pixels(built: setting.Setting, w: observations.Watched) -> np.ndarray:
   x = built.data.x_train if w.split == "train" else built.data.x_test
   return np.asarray(x[w.rows])
 
 
-def _truth(built: setting.Setting, w: Watched) -> tuple[np.ndarray, np.ndarray]:
+def _truth(
+  built: setting.Setting, w: observations.Watched
+) -> tuple[np.ndarray, np.ndarray]:
   y = built.data.y_train if w.split == "train" else built.data.y_test
   return _pixels(built, w).astype(np.float32) / 255.0, np.asarray(y[w.rows])
 
 
-def _observe(config: Config, w: Watched, knowledge: str, labels) -> Observation:
+def _observe(
+  config: Config, w: observations.Watched, knowledge: str, labels
+) -> Observation:
   codec = w.defense.codec
   payload = codec.unpack(w.message)
   return Observation(
@@ -322,7 +220,7 @@ def _attack(
   attack: attacks.Attack,
   label: str,
   knowledge: str,
-  watched: Sequence[Watched],
+  watched: Sequence[observations.Watched],
   run_dir: pathlib.Path,
 ) -> list[dict[str, Any]]:
   truths = [_truth(built, w) for w in watched]

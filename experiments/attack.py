@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import adversary, folder, setting, summary
+from experiments import adversary, folder, observations, setting, summary
 from experiments.config import Config, images
 from mpqfl_jax import federated
 from mpqfl_jax.defenses import Defense
@@ -35,7 +35,7 @@ def run(
     setting.key(config, setting.DOWNLINK), params, built.downlink.init(params)
   )
   params = built.downlink.decode(message)
-  watched: list[adversary.Watched] = []
+  watched: list[observations.Watched] = []
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:
     start = time.perf_counter()
@@ -69,7 +69,7 @@ def attacked_shapes(
 
 def _updates(
   config: Config, built: setting.Setting, defense: Defense, params
-) -> list[adversary.Watched]:
+) -> list[observations.Watched]:
   split = images(config.attack_images)[0]
   data = built.data
   x, y = (
@@ -97,11 +97,11 @@ def _updates(
     assert shape is not None  # setting.build made whole updates
     who = Cohort(jnp.int32(client), jnp.int32(offset), jnp.int32(size))
     out = turn(params, examples, who, state, key)
-    rows = adversary.visited(
+    rows = observations.visited(
       built.schedule, examples, key, client, offset, size, shape
     )
     kept.append(
-      adversary.Watched(
+      observations.Watched(
         defense=defense,
         round=0,
         client=client,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import adversary, folder, setting, summary
+from experiments import adversary, folder, observations, setting, summary
 from experiments.config import Config
 from mpqfl_jax import checkpoint, engine, federated
 from mpqfl_jax.defenses import Defense
@@ -47,7 +47,7 @@ def run(
     built.model, built.mesh, np.asarray(data.x_test), data.y_test
   )
   entries: dict[str, dict[str, Any]] = {}
-  watched: list[adversary.Watched] = []
+  watched: list[observations.Watched] = []
   for defense in built.defenses:
     entry, kept = _train(config, built, defense, examples, evaluate, run_dir)
     entries[defense.spec] = entry
@@ -127,7 +127,7 @@ def _train(
   examples: Examples,
   evaluate: Callable,
   run_dir: pathlib.Path,
-) -> tuple[dict[str, Any], list[adversary.Watched]]:
+) -> tuple[dict[str, Any], list[observations.Watched]]:
   """Trains under one defence, from its newest checkpoint where there is one."""
   place = run_dir / "checkpoints" / folder.slug(defense.spec)
   algorithm = federated.federated(
@@ -157,7 +157,7 @@ def _train(
     run_dir / "metrics.jsonl",
     lambda line: line["defense"] != defense.spec or line["round"] <= done,
   )
-  kept = adversary.load(run_dir, defense, done, built.template)
+  kept = observations.load(run_dir, defense, done, built.template)
   finished = place / "result.json"
   if finished.is_file() and done == config.rounds:
     return json.loads(finished.read_text()), kept
@@ -200,7 +200,7 @@ def _train(
         aux,
         round_number,
       )
-      adversary.store(run_dir, seen)
+      observations.store(run_dir, seen)
       kept += seen
     test = progress.test
     if round_number % config.eval_every == 0 or round_number == config.rounds:
@@ -265,7 +265,7 @@ def _keep(
   key: jax.Array,
   aux: RoundAux,
   round_number: int,
-) -> list[adversary.Watched]:
+) -> list[observations.Watched]:
   """What the server keeps of the watched clients whose updates arrived."""
   params, payloads = jax.device_get((aux.broadcast, aux.payloads))
   arrived = np.asarray(aux.clients.arrived)
@@ -278,12 +278,12 @@ def _keep(
     offset, size = int(cohort.offset[place]), int(cohort.size[place])
     shape = setting.update_shape(config, built.schedule, size)
     assert shape is not None  # choose_watched picked it
-    rows = adversary.visited(
+    rows = observations.visited(
       built.schedule, examples, key, client, offset, size, shape
     )
     payload = jax.tree.map(lambda leaf: leaf[slot], payloads)
     kept.append(
-      adversary.Watched(
+      observations.Watched(
         defense=defense,
         round=round_number,
         client=client,

@@ -12,7 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adversary, config, folder, main, setting, train
+from experiments import (
+  adversary,
+  config,
+  folder,
+  main,
+  observations,
+  setting,
+  train,
+)
 from mpqfl_jax import federated, metrics
 
 SMALL = (
@@ -212,7 +220,7 @@ def test_auxiliary_images_hold_no_attacked_one(attacked):
   values = from_args(*SMALL)
   built = setting.build(values)
   rows = np.array([0, 3, 5])
-  watched = adversary.Watched(
+  watched = observations.Watched(
     built.defenses[0], 1, 0, None, b"", "train", rows, (1, 3)
   )
   images = adversary.auxiliary_images(built, [watched])

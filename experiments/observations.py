@@ -1,0 +1,123 @@
+"""What the server keeps of a run: single updates as they crossed the wire."""
+
+from collections.abc import Sequence
+import io
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import folder
+from mpqfl_jax import federated, local
+from mpqfl_jax.defenses import Defense
+from mpqfl_jax.types import Examples, Params
+
+
+class Watched(NamedTuple):
+  """One client's update as it crossed the wire, and the truth behind it.
+
+  Attributes:
+    defense: what the client did; its codec is public.
+    round: from 1; 0 where no training took place.
+    client: its id.
+    params: the global model that the client started from.
+    message: the bytes that crossed the wire.
+    split: which split the images are from.
+    rows: [steps * batch], their rows there, in the order of training.
+    shape: (local steps, images in each).
+  """
+
+  defense: Defense
+  round: int
+  client: int
+  params: Params
+  message: bytes
+  split: str
+  rows: np.ndarray
+  shape: tuple[int, int]
+
+
+def visited(
+  schedule: local.Schedule,
+  examples: Examples,
+  round_key,
+  client: int,
+  offset: int,
+  size: int,
+  shape: tuple[int, int],
+) -> np.ndarray:
+  """Rows of the training set that a client's update is made of, in order."""
+  batches = federated.client_keys(round_key, client).batches
+  # A gradient over all of the client's data is one step of many batches.
+  rows, mask = schedule.rows(
+    batches,
+    jnp.int32(offset),
+    jnp.int32(size),
+    examples.order,
+    -(-shape[0] * shape[1] // schedule.batch_size),
+  )
+  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
+
+
+def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
+  """Writes what the server keeps to `observations/`, a file an update."""
+  for w in watched:
+    buffer = io.BytesIO()
+    leaves = jax.tree.leaves(w.params)
+    np.savez(
+      buffer,
+      message=np.frombuffer(w.message, np.uint8),
+      rows=w.rows,
+      shape=np.array(w.shape),
+      split=w.split,
+      **{f"param_{i}": leaf for i, leaf in enumerate(leaves)},
+    )
+    folder.write_atomically(_place(run_dir, w), buffer.getvalue())
+
+
+def _place(run_dir: pathlib.Path, w: Watched) -> pathlib.Path:
+  name = f"{folder.slug(w.defense.spec)}_round{w.round}_client{w.client}.npz"
+  return run_dir / "observations" / name
+
+
+def load(
+  run_dir: pathlib.Path, defense: Defense, last_round: int, params: Params
+) -> list[Watched]:
+  """Reads what `store` wrote of one defence, up to a round.
+
+  Args:
+    run_dir: the run's folder.
+    defense: whose updates.
+    last_round: later ones are left out.
+    params: gives the structure of the parameters.
+
+  Returns:
+    In the order in which they were kept.
+  """
+  pattern = re.compile(
+    re.escape(folder.slug(defense.spec)) + r"_round(\d+)_client(\d+)\.npz"
+  )
+  template, treedef = jax.tree.flatten(params)
+  found = []
+  for path in (run_dir / "observations").glob("*.npz"):
+    match = pattern.fullmatch(path.name)
+    if match is None or int(match[1]) > last_round:
+      continue
+    with np.load(path) as file:
+      leaves = [file[f"param_{i}"] for i in range(len(template))]
+      found.append(
+        Watched(
+          defense,
+          int(match[1]),
+          int(match[2]),
+          jax.tree.unflatten(treedef, leaves),
+          file["message"].tobytes(),
+          str(file["split"]),
+          file["rows"],
+          (int(file["shape"][0]), int(file["shape"][1])),
+        )
+      )
+  return sorted(found, key=lambda w: (w.round, len(w.rows), w.client))
