@@ -914,3 +914,9 @@ def test_a_phone_does_not_scroll_sideways(run, tmp_path):
   measured = re.search(r"measured (\d+) (\d+) (\d+)", out)
   assert measured is not None
   assert measured.groups() == ("400", "0", "0")
+
+
+def test_a_rounded_zero_has_no_sign():
+  assert tables.fixed(-0.004, 2) == "0.00"
+  assert tables.fixed(-0.006, 2) == "-0.01"
+  assert tables.fixed(54.75, 1) == "54.8"

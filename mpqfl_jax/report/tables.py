@@ -168,7 +168,10 @@ def _difference(
 
 def fixed(value: float | None, digits: int) -> str:
   """A number with so many digits after the point, or the sign for none."""
-  return MISSING if value is None else f"{value:.{digits}f}"
+  if value is None:
+    return MISSING
+  # Adding zero takes the sign from a rounded zero.
+  return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _escape(text: str) -> str:
