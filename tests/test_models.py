@@ -34,7 +34,7 @@ def _make(name, shape=(28, 28, 1), conv="xla"):
   ],
 )
 def test_number_of_parameters(name, shape, parameters):
-  params = _make(name, shape).init(jax.random.key(0))
+  params = jax.eval_shape(_make(name, shape).init, jax.random.key(0))
   assert trees.size(params) == parameters
 
 
@@ -70,7 +70,7 @@ def test_forms_change_no_logit(name, form):
 
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_layers_sort_in_the_order_of_the_network(name):
-  params = _make(name).init(jax.random.key(0))
+  params = jax.eval_shape(_make(name).init, jax.random.key(0))
   layers_ = list(
     dict.fromkeys(n.split("/")[0] for n in trees.leaf_names(params))
   )
