@@ -2,6 +2,7 @@
 
 import hashlib
 import resource
+import sys
 import time
 from typing import Any
 
@@ -41,8 +42,6 @@ def of_run(
   """
   first = next(iter(entries.values()))
   # Linux counts in KiB, macOS in bytes.
-  import sys
-
   unit = 1 if sys.platform == "darwin" else 1024
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {

@@ -6,13 +6,12 @@ offsets, because a list of a million arrays is slow to make and to walk.
 """
 
 from collections.abc import Callable
-import inspect
 import math
 from typing import NamedTuple
 
 import numpy as np
 
-from mpqfl_jax import errors
+from mpqfl_jax import errors, specs
 
 # Client ids travel as int32.
 _MAX_CLIENTS = 2**31 - 1
@@ -218,12 +217,9 @@ def make(
   """
   if name not in PARTITIONS:
     raise errors.unknown_name("partition", name, PARTITIONS)
-  partition = PARTITIONS[name]
-  known = list(inspect.signature(partition).parameters)[3:]
-  for param in params:
-    if param not in known:
-      raise errors.unknown_name(f"parameter of partition {name}", param, known)
-  return partition(labels, num_clients, rng, **params)
+  return specs.call(
+    f"partition {name}", PARTITIONS[name], params, labels, num_clients, rng
+  )
 
 
 def _check(labels: np.ndarray, num_clients: int, size_sigma: float) -> None:

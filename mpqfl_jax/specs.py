@@ -1,6 +1,7 @@
 """The little language of flags: `name`, `name(key=value,...)`, and lists."""
 
 import ast
+import inspect
 from typing import Any
 
 from mpqfl_jax import errors
@@ -86,8 +87,6 @@ def call(kind: str, constructor, params: dict[str, Any], *args) -> Any:
   Raises:
     UserError: an unknown or a missing parameter.
   """
-  import inspect
-
   signature = inspect.signature(constructor)
   names = list(signature.parameters)[len(args) :]
   for key in params:

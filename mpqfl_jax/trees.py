@@ -1,11 +1,9 @@
-"""Pytrees of parameters: path names, per-leaf keys, norms, sums."""
-
-from collections.abc import Callable
+"""Pytrees of parameters: path names, norms, sums."""
 
 import jax
 import jax.numpy as jnp
 
-from mpqfl_jax.types import Array, Key, PyTree
+from mpqfl_jax.types import Array, PyTree
 
 
 def path_name(path: tuple) -> str:
@@ -17,20 +15,6 @@ def leaf_names(tree: PyTree) -> list[str]:
   """Names of all leaves, in the order of `jax.tree.leaves`."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [path_name(path) for path, _ in flat]
-
-
-def map_with_name(fn: Callable, tree: PyTree, *rest: PyTree) -> PyTree:
-  """Maps `fn(name, leaf, ...)` over the leaves of trees of one structure."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
-  )
-
-
-def leaf_keys(key: Key, tree: PyTree) -> PyTree:
-  """A tree of keys: `key` folded with each leaf's position."""
-  leaves, treedef = jax.tree.flatten(tree)
-  keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
-  return jax.tree.unflatten(treedef, keys)
 
 
 def size(tree: PyTree) -> int:

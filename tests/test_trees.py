@@ -1,4 +1,4 @@
-"""Path names, keys and norms of pytrees."""
+"""Path names and norms of pytrees."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,6 @@ TREE = {
 
 def test_names_follow_the_order_of_leaves():
   assert trees.leaf_names(TREE) == ["conv1/bias", "conv1/kernel", "dense1/0"]
-  named = trees.map_with_name(lambda name, leaf: (name, leaf.size), TREE)
-  assert named["conv1"]["kernel"] == ("conv1/kernel", 6)
 
 
 def test_norms_equal_numpy():
@@ -28,9 +26,3 @@ def test_norms_equal_numpy():
   back = trees.subtract(trees.add(TREE, twice), twice)
   for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(TREE), strict=True):
     np.testing.assert_array_equal(a, b)
-
-
-def test_every_leaf_has_a_key_of_its_own():
-  keys = jax.tree.leaves(trees.leaf_keys(jax.random.key(0), TREE))
-  data = {tuple(np.asarray(jax.random.key_data(k))) for k in keys}
-  assert len(data) == 3
