@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import adversary, folder, observations, setting, summary
+from experiments import adversary, observations, setting, summary
 from experiments.config import Config, images
 from mpqfl_jax import federated
 from mpqfl_jax.defenses import Defense
@@ -45,10 +45,7 @@ def run(
       "test_accuracy": None,
       "final_params_sha256": summary.params_sha256(params),
       "uplink_bytes_per_client": float(np.mean([len(w.message) for w in mine])),
-      "epsilon": None
-      if defense.epsilon is None
-      else folder.number(defense.epsilon(1, config.delta)),
-      "delta": None if defense.epsilon is None else config.delta,
+      **summary.guarantee(defense, built.protocol.ledger, config.delta),
       "seconds": time.perf_counter() - start,
       "compile_seconds": 0.0,
     }

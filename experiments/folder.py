@@ -151,9 +151,8 @@ def slug(text: str) -> str:
 
 
 def number(value: Any) -> float | None:
-  """A float for JSON, which has no NaN and no infinity: None then."""
-  value = float(value)
-  return value if np.isfinite(value) else None
+  """A float for JSON; None for None, NaN and infinity, which JSON has not."""
+  return float(value) if value is not None and np.isfinite(value) else None
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import optax
 
 from experiments.config import Config, images
 from mpqfl_jax import (
+  accounting,
   aggregate,
   datasets,
   defenses,
@@ -39,6 +40,7 @@ class Setting(NamedTuple):
     schedule: how it goes through its examples.
     clients: who holds which examples.
     template: shapes of the parameters.
+    protocol: what guarantees depend on beside their mechanisms.
     defenses: in the order of the flag.
     aggregator: how the server combines updates.
     downlink: how the global model reaches the clients.
@@ -53,6 +55,7 @@ class Setting(NamedTuple):
   schedule: local.Schedule
   clients: partition.Partition
   template: Params
+  protocol: accounting.Protocol
   defenses: list[defenses.Defense]
   aggregator: aggregate.Aggregator
   downlink: Codec
@@ -98,7 +101,6 @@ def build(config: Config) -> Setting:
   data = datasets.load(config.dataset, config.data_dir)
   net = model(config, data, plan.conv)
   template = jax.eval_shape(net.init, jax.random.key(0))
-  built = [defenses.make(spec, template) for spec in config.defense]
   if config.task == "attack":
     clients = _one_client_an_update(config, data)
   else:
@@ -109,6 +111,8 @@ def build(config: Config) -> Setting:
     epochs=config.local_epochs,
     steps=config.local_steps,
   )
+  protocol = protocol_of(config, clients, schedule)
+  built = [defenses.make(spec, template, protocol) for spec in config.defense]
   if config.algorithm == "fed_sgd":
     training = local.gradient(net, config.client_lr, schedule)
   else:
@@ -127,10 +131,39 @@ def build(config: Config) -> Setting:
     schedule,
     clients,
     template,
+    protocol,
     built,
     aggregate.make(config.aggregator),
     _downlink(config, template),
     message_bytes(template),
+  )
+
+
+def sample(
+  config: Config, clients: partition.Partition, round_number: int
+) -> np.ndarray:
+  """Ids of the round's clients, drawn uniformly without replacement."""
+  return rng(config, SAMPLING, round_number).choice(
+    clients.num_clients, config.cohort_size, replace=False
+  )
+
+
+def protocol_of(
+  config: Config, clients: partition.Partition, schedule: local.Schedule
+) -> accounting.Protocol:
+  """How often each client sends in the run, which its seed has decided."""
+  rounds, participations = 1, np.ones(clients.num_clients, np.int64)
+  if config.task == "train":
+    rounds, participations[:] = config.rounds, 0
+    for number in range(1, rounds + 1):
+      participations[sample(config, clients, number)] += 1
+  return accounting.Protocol(
+    accounting.Ledger(rounds, participations),
+    config.delta,
+    config.cohort_size,
+    sampling_rate=None,
+    sizes=clients.sizes,
+    schedule=schedule,
   )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import folder
 from experiments.config import Config
-from mpqfl_jax import trees
+from mpqfl_jax import accounting, trees
+from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Params
 
 
@@ -22,6 +24,35 @@ def params_sha256(params: Params) -> str:
   for _, leaf in sorted(zip(names, leaves, strict=True), key=lambda p: p[0]):
     digest.update(np.asarray(leaf).astype("<f4").tobytes())
   return digest.hexdigest()
+
+
+def guarantee(
+  defense: Defense, ledger: accounting.Ledger, delta: float
+) -> dict[str, Any]:
+  """What a defence has proven by the end: epsilon, delta, of whom, for whom.
+
+  Args:
+    defense: the defence.
+    ledger: what was released.
+    delta: of the (epsilon, delta).
+  """
+  proof = defense.guarantee
+  return {
+    "epsilon": folder.number(defense.epsilon(ledger, delta)),
+    "delta": None if proof is None else delta,
+    "epsilon_model": None if proof is None else proof.model,
+    "epsilon_unit": None if proof is None else proof.unit,
+  }
+
+
+def postfix(accuracy: float, epsilon: float | None) -> dict[str, str]:
+  """What the progress bar says of a round."""
+  words = {}
+  if np.isfinite(accuracy):
+    words["accuracy"] = f"{accuracy:.1%}"
+  if epsilon is not None:
+    words["epsilon"] = f"{epsilon:.3g}"
+  return words
 
 
 def of_run(

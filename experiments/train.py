@@ -12,7 +12,7 @@ import tqdm
 
 from experiments import adversary, folder, observations, setting, summary
 from experiments.config import Config
-from mpqfl_jax import checkpoint, engine, federated
+from mpqfl_jax import accounting, checkpoint, engine, federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples, RoundAux
 
@@ -59,10 +59,8 @@ def run(
 
 
 def sample(config: Config, built: setting.Setting, round_number: int) -> Cohort:
-  """The round's cohort, drawn uniformly without replacement."""
-  ids = setting.rng(config, setting.SAMPLING, round_number).choice(
-    config.num_clients, config.cohort_size, replace=False
-  )
+  """The round's cohort."""
+  ids = setting.sample(config, built.clients, round_number)
   places = (ids, built.clients.offsets[ids], built.clients.sizes[ids])
   return Cohort._make(place.astype(np.int32) for place in places)
 
@@ -205,12 +203,14 @@ def _train(
     test = progress.test
     if round_number % config.eval_every == 0 or round_number == config.rounds:
       test = np.asarray(evaluate(state.params), np.float64)
-      bar.set_postfix(accuracy=f"{test[1]:.1%}")
     progress.participations[cohort.client_id] += clients.arrived
     sent = clients.uplink_bytes.sum(dtype=np.int64)
     progress = Progress(
       state, progress.participations, progress.uplink_bytes + sent, test
     )
+    ledger = accounting.Ledger(round_number, progress.participations)
+    epsilon = defense.epsilon(ledger, config.delta)
+    bar.set_postfix(summary.postfix(test[1], epsilon))
     weight = cohort.size * clients.accepted
     folder.append_line(
       run_dir / "metrics.jsonl",
@@ -227,6 +227,7 @@ def _train(
         "downlink_bytes": config.cohort_size * int(aux.downlink_bytes),
         "participants": int(clients.accepted.sum()),
         "rejected": int((~clients.accepted & clients.arrived).sum()),
+        "epsilon": folder.number(epsilon),
         "seconds": time.perf_counter() - start,
       },
     )
@@ -235,19 +236,17 @@ def _train(
     )
     if due or round_number == config.rounds:
       checkpoint.save(place, round_number, progress)
-  epsilon = None
-  if defense.epsilon is not None:
-    epsilon = folder.number(
-      defense.epsilon(int(progress.participations.max()), config.delta)
-    )
   entry = {
     "test_accuracy": folder.number(progress.test[1]),
     "final_params_sha256": summary.params_sha256(state.params),
     "uplink_bytes_per_client": float(
       progress.uplink_bytes / max(progress.participations.sum(), 1)
     ),
-    "epsilon": epsilon,
-    "delta": config.delta if epsilon is not None else None,
+    **summary.guarantee(
+      defense,
+      accounting.Ledger(config.rounds, progress.participations),
+      config.delta,
+    ),
     "seconds": time.perf_counter() - begin - compile_seconds,
     "compile_seconds": compile_seconds,
   }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpqfl_jax import dp, errors, precision, specs, transforms
+from mpqfl_jax import accounting, dp, errors, precision, specs, transforms
 from mpqfl_jax.types import Bins, Codec, Params, Payload, UpdateTransform
 
 
@@ -21,8 +21,7 @@ class Defense(NamedTuple):
     spec: as the user wrote it; the name in result files.
     transform: applied to the update at the client, before the codec.
     codec: how the update crosses the wire.
-    epsilon: (number of updates that one client sent, delta) -> epsilon of its
-      local differential privacy, None where there is no proof.
+    guarantee: what it proves, None where there is no proof.
     noise_stddev: of the noise that the transform adds, which whoever knows the
       defence knows, too.
   """
@@ -30,29 +29,49 @@ class Defense(NamedTuple):
   spec: str
   transform: UpdateTransform
   codec: Codec
-  epsilon: Callable[[int, float], float] | None
+  guarantee: accounting.Guarantee | None
   noise_stddev: float = 0.0
 
+  def epsilon(self, ledger: accounting.Ledger, delta: float) -> float | None:
+    """Epsilon of what was released, None where there is no proof."""
+    if self.guarantee is None:
+      return None
+    return self.guarantee.epsilon(ledger, delta)
 
-def _dp_gaussian(
-  params: Params, clip: float = 1.0, noise_multiplier: float = 0.1
-) -> Defense:
-  return Defense(
-    "",
-    dp.gaussian(clip, noise_multiplier),
-    precision.make("none", params),
-    lambda releases, delta: dp.gaussian_epsilon(
-      noise_multiplier, releases, delta
-    ),
-    noise_stddev=noise_multiplier * clip,
-  )
+
+def _additive(
+  mechanism: Callable[..., dp.Mechanism],
+) -> Callable[..., Defense]:
+  """The defence of a mechanism that adds noise and sends float32."""
+
+  def build(
+    params: Params,
+    protocol: accounting.Protocol,
+    clip: float = 1.0,
+    noise_multiplier: float | None = None,
+    epsilon: float | None = None,
+  ) -> Defense:
+    built = mechanism(protocol, clip, noise_multiplier, epsilon)
+    return Defense(
+      "",
+      built.transform,
+      precision.make("none", params),
+      built.guarantee,
+      built.noise_stddev,
+    )
+
+  return build
 
 
 # name -> (constructor, one line with its source)
 TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
   "dp_gaussian": (
-    _dp_gaussian,
-    "clip and Gaussian noise at the client, Dwork and Roth 2014",
+    _additive(dp.gaussian),
+    "L2 clip and Gaussian noise at the client, Dwork and Roth 2014",
+  ),
+  "dp_laplace": (
+    _additive(dp.laplace),
+    "L1 clip and Laplace noise at the client, Dwork and Roth 2014",
   ),
 }
 
@@ -76,13 +95,17 @@ def bins(defense: Defense, payload: Payload) -> Bins:
   )
 
 
-def make(spec: str, params: Params) -> Defense:
+def make(
+  spec: str, params: Params, protocol: accounting.Protocol | None = None
+) -> Defense:
   """Builds a defence for a model's updates.
 
   Args:
     spec: `name` or `name(key=value,...)`, a name of `TRANSFORMING` or of
       `precision.CODECS`, or a path to a policy file.
     params: the model's parameters, or their shapes.
+    protocol: what a guarantee depends on beside its mechanism; one client that
+      sends one update where None.
 
   Raises:
     UserError: no such defence, or parameters that it does not take.
@@ -90,7 +113,13 @@ def make(spec: str, params: Params) -> Defense:
   name, options = specs.parse(spec)
   if name in TRANSFORMING:
     constructor = TRANSFORMING[name][0]
-    built = specs.call(f"defense {name}", constructor, options, params)
+    built = specs.call(
+      f"defense {name}",
+      constructor,
+      options,
+      params,
+      protocol or accounting.one_update(),
+    )
     return built._replace(spec=spec)
   known = [*TRANSFORMING, *precision.CODECS]
   if name not in precision.CODECS and not name.endswith(".toml"):

@@ -1,69 +1,155 @@
-"""Differential privacy: what a mechanism's noise proves, as (epsilon, delta).
+"""Differential privacy at the client: clip the update, add noise, send.
 
-The accounting is dp-accounting's. What is stated here holds against the server
-itself: the client clips its update to an L2 norm of `clip` and adds noise
-before sending (local model). Any two updates that a client might send differ by
-at most 2 * clip, so a standard deviation of `noise_multiplier * clip` is a
-Gaussian mechanism with a multiplier of `noise_multiplier / 2` per release.
-Releases of one client add up over the rounds it takes part in; no amplification
-by sampling is claimed, because the server sees who sends.
+What is stated here holds against the server itself (local model). Any two
+updates that a client might send differ by at most twice the clip, so that noise
+of `noise_multiplier` clips is a mechanism of half that multiplier a release.
+The proofs are for real numbers; noise here is float32.
 """
 
-import dp_accounting
-from dp_accounting import rdp
+from typing import NamedTuple
 
-from mpqfl_jax import errors, transforms
+from mpqfl_jax import accounting, errors, transforms
 from mpqfl_jax.types import UpdateTransform
 
-# Sensitivity of a clipped vector when one client's data are replaced by any
-# other: the diameter of the ball, in units of its radius.
-REPLACE_SENSITIVITY = 2.0
+
+class Mechanism(NamedTuple):
+  """Clipping and noise at a client, and what they prove.
+
+  Attributes:
+    transform: applied to the update before the codec.
+    guarantee: of the client's data against the server.
+    noise_stddev: of each entry's noise, which is public.
+  """
+
+  transform: UpdateTransform
+  guarantee: accounting.Guarantee
+  noise_stddev: float
 
 
-def gaussian(clip: float, noise_multiplier: float) -> UpdateTransform:
-  """Clips the update, then adds N(0, (noise_multiplier * clip)^2) noise.
+def gaussian(
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  noise_multiplier: float | None = None,
+  epsilon: float | None = None,
+) -> Mechanism:
+  """Clips the L2 norm, then adds N(0, (noise_multiplier * clip)^2).
 
-  Source: Dwork and Roth 2014, theorem A.1, on a clipped update.
+  Source: Dwork and Roth 2014, theorem A.1, on a clipped update; the exact
+  accounting is that of Balle and Wang 2018.
 
   Args:
+    protocol: how often clients send.
     clip: largest L2 norm of the update.
-    noise_multiplier: standard deviation of the noise in units of `clip`.
+    noise_multiplier: standard deviation of the noise in clips; 0.1 where
+      neither it nor `epsilon` is given.
+    epsilon: instead, what the client that sends most may spend in the run.
 
   Raises:
-    UserError: either is not positive.
+    UserError: a parameter without meaning, or both of the last two.
   """
-  if not noise_multiplier > 0:
-    raise errors.UserError(
-      f"noise_multiplier is {noise_multiplier}. Expected a number above 0; "
-      "without noise there is no (epsilon, delta), use the defense none."
-    )
-  return transforms.chain(
-    transforms.clip(clip), transforms.gaussian_noise(noise_multiplier * clip)
+  transforms.require_finite("clip", clip)
+  releases = accounting.most_releases(protocol.ledger)
+  z = multiplier(
+    noise_multiplier,
+    epsilon,
+    lambda target: (
+      accounting.REPLACE_SENSITIVITY
+      * accounting.gaussian_noise_multiplier(target, releases, protocol.delta)
+    ),
+  )
+  return Mechanism(
+    transforms.chain(
+      transforms.clip(clip), transforms.gaussian_noise(z * clip)
+    ),
+    accounting.Guarantee(
+      "local",
+      "client",
+      lambda ledger, delta: accounting.gaussian(
+        z / accounting.REPLACE_SENSITIVITY,
+        accounting.most_releases(ledger),
+        delta,
+      ),
+    ),
+    z * clip,
   )
 
 
-def gaussian_epsilon(
-  noise_multiplier: float, releases: int, delta: float
-) -> float:
-  """Epsilon of `releases` clipped and noised updates of one client.
+def laplace(
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  noise_multiplier: float | None = None,
+  epsilon: float | None = None,
+) -> Mechanism:
+  """Clips the L1 norm, adds Laplace noise of scale noise_multiplier * clip.
 
-  Source: Mironov 2017, proposition 7 and theorem 20, by dp-accounting; each
-  release is a Gaussian mechanism of the multiplier `noise_multiplier / 2` (see
-  the module's docstring).
+  Source: Dwork and Roth 2014, theorem 3.6, on a clipped update.
 
   Args:
-    noise_multiplier: as for `gaussian`.
-    releases: how often the client sent an update.
-    delta: the failure probability of the guarantee.
+    protocol: how often clients send.
+    clip: largest L1 norm of the update.
+    noise_multiplier: scale of the noise in clips; 0.1 where neither it nor
+      `epsilon` is given.
+    epsilon: instead, what the client that sends most may spend in the run.
 
-  Returns:
-    Epsilon, 0 where nothing was released.
+  Raises:
+    UserError: a parameter without meaning, or both of the last two.
   """
-  if releases == 0:
-    return 0.0
-  accountant = rdp.RdpAccountant()
-  accountant.compose(
-    dp_accounting.GaussianDpEvent(noise_multiplier / REPLACE_SENSITIVITY),
-    releases,
+  transforms.require_finite("clip", clip)
+  releases = accounting.most_releases(protocol.ledger)
+
+  def spent(z, releases, delta):
+    half = z / accounting.REPLACE_SENSITIVITY
+    return accounting.laplace(half, releases, delta)
+
+  z = multiplier(
+    noise_multiplier,
+    epsilon,
+    lambda target: accounting.least(
+      lambda z: spent(z, releases, protocol.delta), target
+    ),
   )
-  return float(accountant.get_epsilon(delta))
+  # Laplace noise of scale b has variance 2 b^2.
+  stddev = 2**0.5 * z * clip
+  return Mechanism(
+    transforms.chain(
+      transforms.clip(clip, order=1), transforms.laplace_noise(stddev)
+    ),
+    accounting.Guarantee(
+      "local",
+      "client",
+      lambda ledger, delta: spent(z, accounting.most_releases(ledger), delta),
+    ),
+    stddev,
+  )
+
+
+def multiplier(
+  given: float | None, epsilon: float | None, calibrated, default: float = 0.1
+) -> float:
+  """The noise multiplier that a user gave, or asked for by an epsilon.
+
+  Args:
+    given: the multiplier, None where it was not given.
+    epsilon: the target, None where it was not given.
+    calibrated: epsilon -> multiplier.
+    default: where nothing was given.
+
+  Raises:
+    UserError: both were given, or a number without meaning.
+  """
+  if given is not None and epsilon is not None:
+    raise errors.UserError(
+      f"noise_multiplier={given} and epsilon={epsilon} contradict each other."
+      " Expected one of them; the other follows from it."
+    )
+  if epsilon is not None:
+    transforms.require_finite("epsilon", epsilon)
+    return calibrated(epsilon)
+  z = default if given is None else given
+  if z == 0:
+    raise errors.UserError(
+      "noise_multiplier=0: expected a number above 0; without noise there is no"
+      " (epsilon, delta), use the defense none."
+    )
+  transforms.require_finite("noise_multiplier", z)
+  return z

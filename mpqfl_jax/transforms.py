@@ -3,11 +3,13 @@
 Each is an `UpdateTransform`; `chain` composes them in order.
 """
 
+import math
+
 import jax
 from jax import flatten_util
 import jax.numpy as jnp
 
-from mpqfl_jax import errors, trees
+from mpqfl_jax import errors, numerics, trees
 from mpqfl_jax.types import UpdateTransform
 
 
@@ -38,23 +40,31 @@ def _stateless(fn) -> UpdateTransform:
   )
 
 
-def clip(max_norm: float) -> UpdateTransform:
-  """Scales the update down to an L2 norm of at most `max_norm`.
+def clip(max_norm: float, order: int = 2) -> UpdateTransform:
+  """Scales the update down to a norm of at most `max_norm`.
+
+  An update that is not finite becomes zero, so that the norm holds for
+  whatever local training comes to.
 
   Source: Abadi et al. 2016, algorithm 1, "clip gradient", on the whole update.
 
   Args:
-    max_norm: largest L2 norm over all leaves.
+    max_norm: largest norm over all leaves.
+    order: 1 or 2, the L1 or the L2 norm.
 
   Raises:
-    UserError: `max_norm` is not positive.
+    UserError: `max_norm` is not a positive number.
   """
-  _positive("clip", max_norm)
+  require_finite("clip", max_norm)
+  norm_of = {1: trees.l1_norm, 2: trees.norm}[order]
 
   def fn(key, update):
     del key
-    factor = jnp.minimum(1.0, max_norm / jnp.maximum(trees.norm(update), 1e-12))
-    return trees.scale(factor, update)
+    norm = norm_of(update)
+    factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(
+      lambda leaf: jnp.where(jnp.isfinite(norm), factor * leaf, 0.0), update
+    )
 
   return _stateless(fn)
 
@@ -66,19 +76,39 @@ def gaussian_noise(stddev: float) -> UpdateTransform:
     stddev: standard deviation of the noise, in the update's units.
 
   Raises:
-    UserError: `stddev` is not positive.
+    UserError: `stddev` is not a positive number.
   """
-  _positive("stddev", stddev)
+  return _noise(stddev, jax.random.normal)
+
+
+def laplace_noise(stddev: float) -> UpdateTransform:
+  """Adds independent Laplace noise to every entry.
+
+  Args:
+    stddev: standard deviation of the noise, sqrt(2) of its scale.
+
+  Raises:
+    UserError: `stddev` is not a positive number.
+  """
+  return _noise(
+    stddev, lambda key, shape: jax.random.laplace(key, shape) / math.sqrt(2)
+  )
+
+
+def _noise(stddev: float, draw) -> UpdateTransform:
+  require_finite("stddev", stddev)
 
   def fn(key, update):
     # One draw for all leaves compiles, and runs, several times faster than one
     # a leaf.
     flat, unflatten = flatten_util.ravel_pytree(update)
-    return unflatten(flat + stddev * jax.random.normal(key, flat.shape))
+    return unflatten(flat + stddev * draw(key, flat.shape))
 
   return _stateless(fn)
 
 
-def _positive(name: str, value: float) -> None:
-  if not value > 0:
-    raise errors.UserError(f"{name} is {value}. Expected a number above 0.")
+def require_finite(what: str, given: float) -> None:
+  """Raises UserError unless `given` is a finite number above zero."""
+  numerics.require_positive(what, given)
+  if given == float("inf"):
+    raise errors.UserError(f"{what}=inf: expected a finite number.")

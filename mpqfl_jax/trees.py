@@ -51,3 +51,9 @@ def squared_norm(tree: PyTree) -> Array:
 def norm(tree: PyTree) -> Array:
   """L2 norm over all leaves, [] float32."""
   return jnp.sqrt(squared_norm(tree))
+
+
+def l1_norm(tree: PyTree) -> Array:
+  """L1 norm over all leaves, [] float32."""
+  sums = jax.tree.map(lambda leaf: jnp.sum(jnp.abs(leaf)), tree)
+  return sum(jax.tree.leaves(sums), start=jnp.float32(0))

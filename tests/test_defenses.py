@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpqfl_jax import defenses, errors
+from mpqfl_jax import accounting, defenses, errors
 from tests import small
 
 PARAMS = small.model().init(jax.random.key(0))
@@ -13,13 +13,21 @@ PARAMS = small.model().init(jax.random.key(0))
 
 def test_codecs_and_transforming_defences_build_by_name():
   plain = defenses.make("int4(mode=affine)", PARAMS)
-  assert plain.epsilon is None and plain.spec == "int4(mode=affine)"
+  once = accounting.Ledger(1, np.ones(2, int))
+  assert plain.epsilon(once, 1e-5) is None and plain.spec == "int4(mode=affine)"
   noisy = defenses.make("dp_gaussian(clip=2,noise_multiplier=0.5)", PARAMS)
   assert noisy.noise_stddev == 1.0
-  assert noisy.epsilon(3, 1e-5) > noisy.epsilon(1, 1e-5) > 0
+  thrice = accounting.Ledger(5, np.array([0, 3]))
+  assert noisy.epsilon(thrice, 1e-5) > noisy.epsilon(once, 1e-5) > 0
+  # What is asked for is spent by whoever sends most.
+  protocol = accounting.one_update()._replace(ledger=thrice)
+  asked = defenses.make("dp_laplace(epsilon=8)", PARAMS, protocol)
+  assert 7.9 < asked.epsilon(thrice, 1e-5) <= 8
 
 
-@pytest.mark.parametrize("spec", ["int4", "dp_gaussian(clip=2)"])
+@pytest.mark.parametrize(
+  "spec", ["int4", "dp_gaussian(clip=2)", "dp_laplace(clip=9)"]
+)
 def test_bins_hold_the_update_that_the_client_meant_to_send(spec):
   defense = defenses.make(spec, PARAMS)
   update = jax.tree.map(

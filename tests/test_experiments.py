@@ -73,7 +73,7 @@ def test_a_run_leaves_the_promised_files(attacked):
   assert [r["round"] for r in rounds] == [1, 2, 3] * 3
   wanted = (
     "round, train_loss, test_loss, test_accuracy, uplink_bytes,"
-    " downlink_bytes, participants, rejected, seconds"
+    " downlink_bytes, participants, rejected, epsilon, seconds"
   )
   assert set(rounds[0]) == {"defense", *wanted.split(", ")}
   wanted = (

@@ -11,7 +11,9 @@ from mpqfl_jax import errors, transforms, trees
 TRANSFORMS = {
   "identity": transforms.identity(),
   "clip": transforms.clip(1.0),
+  "clip_l1": transforms.clip(1.0, order=1),
   "gaussian_noise": transforms.gaussian_noise(0.1),
+  "laplace_noise": transforms.laplace_noise(0.1),
   "chain": transforms.chain(
     transforms.clip(1.0), transforms.gaussian_noise(0.1)
   ),
@@ -101,7 +103,10 @@ def test_a_chain_applies_its_stages_in_order():
   assert [float(s) for s in state] == [2.0, 11.0]
 
 
-@pytest.mark.parametrize("build", [transforms.clip, transforms.gaussian_noise])
+@pytest.mark.parametrize(
+  "build",
+  [transforms.clip, transforms.gaussian_noise, transforms.laplace_noise],
+)
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_numbers_without_meaning_are_refused(build, value):
   with pytest.raises(errors.UserError, match="above 0"):

@@ -149,7 +149,14 @@ def ratio(uplink: float | None, float32: float | None) -> str:
 def epsilon(entry: dict[str, Any]) -> str:
   """The epsilon of a mechanism with a proof, else that there is none."""
   value = entry.get("epsilon")
-  return "no proof" if value is None else f"{value:.3g}"
+  if value is None:
+    return "no proof"
+  words = [f"{value:.3g}"]
+  if entry.get("epsilon_unit") == "example":
+    words.append("an example")
+  if entry.get("epsilon_model") == "central":
+    words.append("not against the server")
+  return ", ".join(words)
 
 
 def attack_name(attack: str, knowledge: str) -> str:
