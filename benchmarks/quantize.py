@@ -12,7 +12,9 @@ qwix's int4 takes a byte an element, and torch has no int4, so that its row
 packs with tensor operations. `snr_db` shows that all do the same work.
 
 Workers import nothing of this package but their own system, so that peers need
-no more than themselves in their environments.
+no more than themselves in their environments. All of them run with the
+settings of `mpqfl_jax.host`: an allocator that keeps its memory, and XLA's
+widest vectors.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-REPETITIONS = 5
+REPETITIONS = 9
 Row = dict[str, Any]
 # (codec, encode() -> payload, decode(payload) -> array, bytes of a payload)
 Task = tuple[str, Callable, Callable, Callable[[Any], int]]
@@ -235,7 +237,12 @@ def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
     if not pathlib.Path(python).exists():
       raise SystemExit(f"no {python}: run `make bench-peers` first")
   command = [python, __file__, f"--worker={system}", f"--elements={elements}"]
-  done = subprocess.run(command, capture_output=True, text=True)
+  from mpqfl_jax import host
+
+  environment = os.environ | host.variables()
+  done = subprocess.run(
+    command, capture_output=True, text=True, env=environment
+  )
   if done.returncode:
     raise SystemExit(f"{system} failed:\n{done.stderr}")
   return json.loads(done.stdout.splitlines()[-1])

@@ -169,6 +169,7 @@ def environment() -> dict[str, Any]:
       "cores": os.cpu_count(),
       "backend": jax.default_backend(),
       "devices": [str(device) for device in jax.devices()],
+      "xla_flags": os.environ.get("XLA_FLAGS", ""),
     },
   }
 

@@ -9,7 +9,7 @@ from absl import app, flags, logging
 import jax
 
 from experiments import adversary, attack, config, folder, setting, train
-from mpqfl_jax import errors
+from mpqfl_jax import errors, host
 from mpqfl_jax.report import html, tables
 
 _TASKS = {"train": train.run, "attack": attack.run}
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
   # Libraries report every checkpoint at the level of information.
   if flags.FLAGS["verbosity"].using_default_value:
     logging.set_verbosity(logging.WARNING)
+  host.tune()
   # Before JAX looks for its devices: on a CPU, one device a core.
   jax.config.update(
     "jax_num_cpu_devices", flags.FLAGS.devices or os.cpu_count()

@@ -123,16 +123,17 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   Returns:
     The payload of `leaf`.
   """
-  x = jnp.asarray(x, jnp.float32).reshape(-1)
+  whole, draw = codecs.whole_leaf(x.size)
+  x = jnp.asarray(x, jnp.float32).reshape(whole)
   stochastic = menu.rounding == "stochastic"
-  uniform = counter.uniform(seed, x.shape) if stochastic else None
+  uniform = draw(seed) if stochastic else None
   kind, low, levels = (
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
   )
   low = low.astype(jnp.float32)
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)
   # Both grids depend on the extremes alone.
-  extremes = jnp.concatenate(quantize.extremes(x))
+  extremes = jnp.concatenate(quantize.extremes(x), axis=None)
   symmetric = quantize.symmetric_grid(extremes, None, high)
   affine = quantize.affine_grid(extremes, None, low, high, stochastic)
   is_affine = kind == AFFINE
@@ -142,13 +143,13 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
     low,
     high,
   )
-  codes = (quantize.quantize(x, grid, uniform) - low).astype(jnp.int32)
+  codes = quantize.quantize(x, grid, uniform) - low.astype(jnp.int32)
   codes = codes.astype(jnp.uint16)
   half = quantize.to_format(
     quantize.finite(x), quantize.FLOAT_FORMATS["float16"], uniform
   )
   half = jax.lax.bitcast_convert_type(half, jnp.uint16)
-  codes = jnp.where(kind == FLOAT, half, codes)
+  codes = jnp.where(kind == FLOAT, half, codes).reshape(-1)
   linear = (kind == SYMMETRIC) | is_affine
   zero_point = jnp.where(is_affine, grid.zero_point - low, 0)
   return {

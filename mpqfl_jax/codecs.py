@@ -93,7 +93,7 @@ def blockwise(
   def encode(seed, x, state):
     y = blocks.cut(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
-    uniform = counter.uniform(seed, y.shape) if random else None
+    uniform = blocks.uniform(seed) if random else None
     reference = y
     if momentum is not None:
       extremes = quantize.extremes(y, blocks.axis)
@@ -103,7 +103,6 @@ def blockwise(
       reference = blocks.cut_extremes(known)
     side = numeric.fit(reference, blocks.axis, blocks.sizes)
     codes = blocks.flat(numeric.encode(y, side, uniform))
-    codes = codes.astype(jnp.uint8 if levels <= 256 else jnp.uint16)
     payload = {
       name: side[name].reshape(-1).astype(sent.dtype)
       for name, sent in numeric.side.items()
@@ -116,7 +115,7 @@ def blockwise(
   def read(payload):
     codes = blocks.cut(bitpack.unpack(payload["codes"], count, levels))
     side = {name: blocks.spread(payload[name]) for name in numeric.side}
-    uniform = counter.uniform(payload["seed"], codes.shape) if dither else None
+    uniform = blocks.uniform(payload["seed"]) if dither else None
     return codes, side, uniform
 
   def decode(payload):
@@ -210,7 +209,8 @@ class Blocks(NamedTuple):
       cut array.
     cut: [shape] or [entries] -> cut array.
     cut_extremes: [2, number] -> cut array of two entries a block.
-    flat: cut array -> [entries].
+    uniform: seed -> draws for stochastic rounding, like the cut array.
+    flat: cut array -> [entries], or as `bitpack.pack` takes it.
     join: cut array -> [shape].
     spread: [number] -> array that broadcasts against the cut array.
   """
@@ -220,6 +220,7 @@ class Blocks(NamedTuple):
   sizes: np.ndarray
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]
+  uniform: Callable[[Array], Array]
   flat: Callable[[Array], Array]
   join: Callable[[Array], Array]
   spread: Callable[[Array], Array]
@@ -236,6 +237,9 @@ class Blocks(NamedTuple):
         sizes=np.full((1, channels), entries // channels, np.float32),
         cut=lambda x: x.reshape(-1, channels),
         cut_extremes=lambda extremes: extremes,
+        uniform=lambda seed: counter.uniform(
+          seed, (entries // channels, channels)
+        ),
         flat=lambda y: y.reshape(-1),
         join=lambda y: y.reshape(shape),
         spread=lambda side: side.reshape(1, channels),
@@ -251,20 +255,33 @@ class Blocks(NamedTuple):
         sizes=sizes,
         cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(rows, -1),
         cut_extremes=lambda extremes: extremes.T,
+        uniform=lambda seed: counter.uniform(seed, (rows, granularity)),
         flat=lambda y: y.reshape(-1)[:entries],
         join=lambda y: y.reshape(-1)[:entries].reshape(shape),
         spread=lambda side: side.reshape(rows, 1),
       )
+    whole, draw = whole_leaf(entries)
     return cls(
       number=1,
       axis=None,
       sizes=np.full((1,), entries, np.float32),
-      cut=lambda x: x.reshape(-1),
+      cut=lambda x: x.reshape(whole),
       cut_extremes=lambda extremes: extremes.reshape(-1),
+      uniform=draw,
       flat=lambda y: y,
       join=lambda y: y.reshape(shape),
       spread=lambda side: side.reshape(1),
     )
+
+
+def whole_leaf(entries: int) -> tuple[Shape, Callable[[Array], Array]]:
+  """Shape in which a leaf is quantised as one block, and its draws by seed.
+
+  Two rows where they pack without padding: both draw from the same hashes.
+  """
+  if entries % 8:
+    return (entries,), lambda seed: counter.uniform(seed, (entries,))
+  return (2, entries // 2), lambda seed: counter.uniform_halves(seed, entries)
 
 
 def float32(shape: Shape) -> LeafCodec:

@@ -237,11 +237,8 @@ def _linear(
     grid = grid_of(side)
     if rounding == "dither":
       steps = jnp.round(y / grid.scale + (uniform - 0.5))
-      codes = quantize.to_codes(steps, y, grid)
-    else:
-      codes = quantize.quantize(y, grid, uniform)
-    # Straight to a byte, the compiler clamps once more.
-    return codes.astype(jnp.int32)
+      return quantize.to_codes(steps, grid)
+    return quantize.quantize(y, grid, uniform, wide=levels > 256)
 
   def decode(codes, side, uniform):
     codes = codes.astype(jnp.float32)

@@ -11,7 +11,7 @@ represented exactly.
 >>> grid = symmetric_grid(x, None, high=7)
 >>> codes = quantize(x, grid)
 >>> codes.tolist()
-[-4.0, 0.0, 1.0, 7.0]
+[-4, 0, 1, 7]
 """
 
 from typing import NamedTuple
@@ -28,6 +28,8 @@ from mpqfl_jax.types import Array
 # processors differ in whether they flush to zero.
 LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
+# Beyond the codes of every grid, and far from overflow.
+_FAR = np.int32(2**20)
 
 
 class Grid(NamedTuple):
@@ -123,33 +125,44 @@ def affine_grid(
   return Grid(scale, jnp.clip(zero_point, low, high), low, high)
 
 
-def quantize(x: Array, grid: Grid, uniform: Array | None = None) -> Array:
+def quantize(
+  x: Array, grid: Grid, uniform: Array | None = None, wide: bool = False
+) -> Array:
   """The codes of the nearest grid points, or of a neighbour drawn at random.
 
   Args:
     x: values, which need not be finite.
     grid: what to quantise to.
-    uniform: independent draws from [0, 1) like `x` for stochastic rounding;
-      None rounds to the nearest, ties to even.
+    uniform: independent draws of `counter.uniform` like `x` for stochastic
+      rounding; None rounds to the nearest, ties to even.
+    wide: the grid has more than 256 codes.
 
   Returns:
-    Codes as float32 holding integers in [grid.low, grid.high].
+    Codes, int32 in [grid.low, grid.high].
   """
-  # A division, not a product with the reciprocal: the code of a grid point is
-  # then exact, and the compiler cannot contract it with the sum that follows.
-  return to_codes(round_to_integer(x / grid.scale, uniform), x, grid)
+  # The compiler makes this product of a division by one number, but not of one
+  # by many; written out, both give the same codes.
+  steps = x * (1 / grid.scale)
+  if uniform is None or wide:
+    return to_codes(round_to_integer(steps, uniform), grid)
+  # Below 256 steps the sum is as good as `steps`; see `counter.uniform`.
+  return to_codes(jnp.floor(steps + uniform), grid)
 
 
-def to_codes(steps: Array, x: Array, grid: Grid) -> Array:
-  """The codes of rounded multiples of the scale; NaN in `x` becomes zero."""
-  # One clamp: the pair of minimum and maximum takes twice the time.
-  low, high = jnp.float32(grid.low), jnp.float32(grid.high)
-  codes = jax.lax.clamp(low, steps + grid.zero_point, high)
-  return jnp.where(jnp.isnan(x), grid.zero_point, codes)
+def to_codes(steps: Array, grid: Grid) -> Array:
+  """The codes of rounded multiples of the scale, int32; NaN becomes zero."""
+  # XLA's conversion takes NaN to 0 and what is too large to the largest
+  # integer, and it has to look for both anyway: a clamp and a selection before
+  # it would cost as much again. The first clamp is there for the sum, which
+  # could overflow. `lax.clamp`: a minimum of a maximum takes twice the time.
+  codes = jax.lax.clamp(-_FAR, steps.astype(jnp.int32), _FAR)
+  codes += grid.zero_point.astype(jnp.int32)
+  low, high = (jnp.asarray(e, jnp.int32) for e in (grid.low, grid.high))
+  return jax.lax.clamp(low, codes, high)
 
 
 def dequantize(codes: Array, grid: Grid) -> Array:
-  """The values of codes, float32."""
+  """The values of codes, float32; under dither the codes are no integers."""
   return (codes - grid.zero_point) * grid.scale
 
 

@@ -275,12 +275,13 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     return codecs.empty(shape)
   name = f"randomk ratio={ratio:g}"
   # In 24 bits, which float32 holds exactly.
-  limit = np.float32(round(ratio * 2**24) / 2**24)
+  threshold = np.uint32(round(ratio * 2**24))
+  limit = np.float32(threshold / 2**24)
   factor = np.float32(1) / limit
   largest = quantize.LARGEST * limit
 
   def mask(seed):
-    return counter.uniform(seed, shape) < limit
+    return (counter.bits(seed, shape) >> 8) < threshold
 
   compiled_mask = jax.jit(mask)
 

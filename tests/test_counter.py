@@ -19,7 +19,7 @@ def numbers(seed, count=1 << 18):
 @pytest.mark.parametrize("seed", SEEDS, ids=str)
 def test_uniform(seed):
   u = np.asarray(counter.uniform(jnp.asarray(seed), (1 << 18,)))
-  assert u.min() >= 0 and u.max() < 1
+  assert u.min() == 2.0**-15 and u.max() == 1 - 2.0**-15
   assert stats.kstest(u, "uniform").pvalue > ALPHA
   counts = np.bincount((u * 4096).astype(int), minlength=4096)
   assert stats.chisquare(counts).pvalue > ALPHA
@@ -35,6 +35,27 @@ def test_every_bit_is_fair_and_free_of_its_neighbours(seed):
   for lag in (1, 2, 3, 12, 32, 64, 512, 4096):
     differs = (bits[lag:] ^ bits[:-lag]).sum(0)
     assert np.abs(differs - (count - lag) / 2).max() < limit
+
+
+def test_halves_are_uniform_and_independent():
+  rows = np.asarray(counter.uniform_halves(jnp.asarray(SEEDS[3]), 1 << 19))
+  assert rows.shape == (2, 1 << 18)
+  assert rows.min() == 2.0**-15 and rows.max() == 1 - 2.0**-15
+  for row in rows:
+    assert stats.kstest(row, "uniform").pvalue > ALPHA
+  cells = (rows * 64).astype(int)
+  counts = np.bincount(cells[0] * 64 + cells[1], minlength=4096)
+  assert stats.chisquare(counts).pvalue > ALPHA
+  # Nor does one row follow the other a few entries on.
+  for lag in (1, 2, 3, 64):
+    z = np.corrcoef(rows[0, lag:], rows[1, :-lag])[0, 1] * np.sqrt(1 << 18)
+    assert abs(z) < stats.norm.isf(ALPHA / 2)
+
+
+def test_a_draw_never_moves_a_whole_number():
+  u = np.asarray(counter.uniform(jnp.asarray(SEEDS[1]), (1 << 18,)))
+  for whole in (-255, -1, 0, 1, 127, 255):
+    assert (np.floor(np.float32(whole) + u) == whole).all()
 
 
 def test_pairs_fill_the_square():
