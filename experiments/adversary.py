@@ -11,8 +11,8 @@ import numpy as np
 
 from experiments import folder, observations, setting
 from experiments.config import Config
-from mpqfl_jax import attacks, defenses, metrics, specs
-from mpqfl_jax.types import Model, Observation
+from mpqfl_jax import attacks, defenses, metrics, specs, trees
+from mpqfl_jax.types import Bins, Model, Observation, Update
 
 # Images that an attack's prior is fitted to: at most, and for a first check.
 MAX_AUXILIARY = 20_000
@@ -205,13 +205,70 @@ def _observe(
 ) -> Observation:
   codec = w.defense.codec
   payload = codec.unpack(w.message)
+  update = codec.decode(payload)
+  bins = defenses.bins(w.defense, payload) if knowledge == "adaptive" else None
+  if w.variates is not None:
+    update, bins = without_drift(w, update, bins)
   return Observation(
     params=w.params,
-    update=codec.decode(payload),
-    bins=defenses.bins(w.defense, payload) if knowledge == "adaptive" else None,
+    update=update,
+    bins=bins,
     labels=labels.reshape(w.shape) if config.labels_known else None,
-    learning_rate=jnp.float32(config.client_lr),
+    learning_rate=jnp.float32(w.learning_rate),
   )
+
+
+def without_drift(
+  w: observations.Watched, pair: tuple[Update, Update], bins: Bins | None
+) -> tuple[Update, Bins | None]:
+  """What SCAFFOLD's two messages say of the gradients alone.
+
+  The server knows both control variates and takes the drift that they add in
+  every step out again. The change of the variate is the update once more, over
+  the steps and their size, so that an adversary who knows the codec bounds an
+  entry from both messages. That the drift moved the points at which the later
+  of several steps took their gradients is left to the attack's own model, which
+  has none.
+
+  Args:
+    w: what the server kept.
+    pair: the decoded update and change of the variate.
+    bins: of both; None for a blind adversary.
+
+  Returns:
+    The update without drift, and its bins.
+  """
+  assert w.variates is not None
+  server, own = w.variates
+  way = np.float32(w.shape[0] * w.learning_rate)
+  known = jax.tree.map(lambda c, ci: way * (c - ci), server, own)
+  update = trees.subtract(pair[0], known)
+  if bins is None:
+    return update, None
+
+  def both(stochastic, low, high, again_low, again_high, c, drift):
+    if not stochastic:  # else the ends are the values that it was drawn from
+      left = jnp.maximum(low, way * (again_low + c))
+      right = jnp.minimum(high, way * (again_high + c))
+      # Where float32 rounding leaves nothing in between, the first will do.
+      some = left <= right
+      low, high = jnp.where(some, left, low), jnp.where(some, right, high)
+    return low - drift, high - drift
+
+  ends = jax.tree.map(
+    both,
+    bins.stochastic[0],
+    bins.lower[0],
+    bins.upper[0],
+    bins.lower[1],
+    bins.upper[1],
+    server,
+    known,
+  )
+  lower, upper = jax.tree.transpose(
+    jax.tree.structure(known), jax.tree.structure((0, 0)), ends
+  )
+  return update, Bins(lower, upper, bins.variance[0], bins.stochastic[0])
 
 
 def _attack(

@@ -30,16 +30,24 @@ def run(
   """
   begin = time.perf_counter()
   params = built.model.init(setting.key(config, setting.WEIGHTS))
-  # The clients start from what the downlink's codec makes of the model.
-  message, _ = built.downlink.encode(
-    setting.key(config, setting.DOWNLINK), params, built.downlink.init(params)
+  # The clients start from what the downlink's codec makes of the model; control
+  # variates, where there are any, are still zero.
+  params, variate, _ = federated.broadcast(
+    built.downlink,
+    params,
+    jax.tree.map(jnp.zeros_like, params)
+    if config.algorithm == "scaffold"
+    else (),
+    setting.key(config, setting.DOWNLINK),
   )
-  params = built.downlink.decode(message)
+  sent = federated.Broadcast(
+    params, variate, jnp.float32(built.rates.client(0))
+  )
   watched: list[observations.Watched] = []
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:
     start = time.perf_counter()
-    mine = _updates(config, built, defense, params)
+    mine = _updates(config, built, defense, sent)
     watched += mine
     entries[defense.spec] = {
       "test_accuracy": None,
@@ -65,7 +73,10 @@ def attacked_shapes(
 
 
 def _updates(
-  config: Config, built: setting.Setting, defense: Defense, params
+  config: Config,
+  built: setting.Setting,
+  defense: Defense,
+  sent: federated.Broadcast,
 ) -> list[observations.Watched]:
   split = images(config.attack_images)[0]
   data = built.data
@@ -81,11 +92,15 @@ def _updates(
     jnp.asarray(y[order], jnp.int32),
     jnp.arange(len(order), dtype=jnp.int32),
   )
-  turn = jax.jit(
-    federated.client_turn(built.training, defense.transform, defense.codec)
+  client_side = federated.client(
+    built.training,
+    defense.transform,
+    defense.codec,
+    scaffold=config.algorithm == "scaffold",
   )
+  turn = jax.jit(client_side.turn)
   key = setting.key(config, setting.ROUNDS)
-  state = (defense.transform.init(params), defense.codec.init(params))
+  state = client_side.init(sent.params)
   kept = []
   for client in range(built.clients.num_clients):
     offset = int(built.clients.offsets[client])
@@ -93,7 +108,7 @@ def _updates(
     shape = setting.update_shape(config, built.schedule, size)
     assert shape is not None  # setting.build made whole updates
     who = Cohort(jnp.int32(client), jnp.int32(offset), jnp.int32(size))
-    out = turn(params, examples, who, state, key)
+    out = turn(sent, examples, who, state, key)
     rows = observations.visited(
       built.schedule, examples, key, client, offset, size, shape
     )
@@ -102,11 +117,15 @@ def _updates(
         defense=defense,
         round=0,
         client=client,
-        params=jax.device_get(params),
+        params=jax.device_get(sent.params),
         message=defense.codec.pack(jax.device_get(out.payload)),
         split=split,
         rows=order[rows],
         shape=shape,
+        learning_rate=float(sent.learning_rate),
+        variates=jax.device_get((sent.variate, state.variate))
+        if client_side.scaffold
+        else None,
       )
     )
   return kept

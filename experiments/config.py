@@ -14,13 +14,14 @@ from mpqfl_jax import (
   federated,
   models,
   partition,
+  schedules,
   specs,
 )
 from mpqfl_jax import attacks as attacks_lib
 
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
 TASKS = ("train", "attack")
-ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox")
+ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
 KNOWLEDGE = ("blind", "adaptive")
 DATASETS = (*datasets.SAMPLES, *datasets.FULL_SETS)
 
@@ -73,7 +74,7 @@ def _define() -> None:
     "fed_avg",
     ALGORITHMS,
     "Local SGD; one gradient over a client's data; local SGD near the global"
-    " model.",
+    " model; local SGD with control variates.",
   )
   f.DEFINE_string(
     "server_optimizer",
@@ -81,6 +82,13 @@ def _define() -> None:
     f"Applied to the mean update: {', '.join(federated.SERVER_OPTIMIZERS)}.",
   )
   f.DEFINE_float("server_lr", 1.0, "The server's step size.", 0.0)
+  for side in ("client", "server"):
+    f.DEFINE_string(
+      f"{side}_lr_schedule",
+      "constant",
+      f"--{side}_lr by round: {', '.join(schedules.SCHEDULES)}, with"
+      " (warmup=rounds,key=value,...).",
+    )
   f.DEFINE_float(
     "prox_mu", 0.01, "Weight of FedProx's proximal term (fed_prox).", 0.0
   )
@@ -160,9 +168,11 @@ class Config:
   local_steps: int | None
   batch_size: int
   client_lr: float
+  client_lr_schedule: str
   algorithm: str
   server_optimizer: str
   server_lr: float
+  server_lr_schedule: str
   prox_mu: float
   aggregator: str
   dropout: float

@@ -28,6 +28,10 @@ class Watched(NamedTuple):
     split: which split the images are from.
     rows: [steps * batch], their rows there, in the order of training.
     shape: (local steps, images in each).
+    learning_rate: the client's step size.
+    variates: the server's control variate, as the client got it, and the
+      client's own before the round, which is the sum of what it has sent; None
+      outside SCAFFOLD.
   """
 
   defense: Defense
@@ -38,6 +42,8 @@ class Watched(NamedTuple):
   split: str
   rows: np.ndarray
   shape: tuple[int, int]
+  learning_rate: float
+  variates: tuple[Params, Params] | None
 
 
 def visited(
@@ -73,7 +79,12 @@ def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
       rows=w.rows,
       shape=np.array(w.shape),
       split=w.split,
+      learning_rate=w.learning_rate,
       **{f"param_{i}": leaf for i, leaf in enumerate(leaves)},
+      **{
+        f"variate_{i}": leaf
+        for i, leaf in enumerate(jax.tree.leaves(w.variates))
+      },
     )
     folder.write_atomically(_place(run_dir, w), buffer.getvalue())
 
@@ -108,6 +119,11 @@ def load(
       continue
     with np.load(path) as file:
       leaves = [file[f"param_{i}"] for i in range(len(template))]
+      halves = [
+        [file[f"variate_{i + n}"] for i in range(len(template))]
+        for n in (0, len(template))
+        if "variate_0" in file
+      ]
       found.append(
         Watched(
           defense,
@@ -118,6 +134,13 @@ def load(
           str(file["split"]),
           file["rows"],
           (int(file["shape"][0]), int(file["shape"][1])),
+          float(file["learning_rate"]),
+          (
+            jax.tree.unflatten(treedef, halves[0]),
+            jax.tree.unflatten(treedef, halves[1]),
+          )
+          if halves
+          else None,
         )
       )
   return sorted(found, key=lambda w: (w.round, len(w.rows), w.client))

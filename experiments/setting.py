@@ -11,14 +11,17 @@ from experiments.config import Config, images
 from mpqfl_jax import (
   accounting,
   aggregate,
+  codecs,
   datasets,
   defenses,
   engine,
   errors,
+  federated,
   local,
   models,
   partition,
   precision,
+  schedules,
   specs,
 )
 from mpqfl_jax.types import Codec, Model, Params
@@ -43,6 +46,7 @@ class Setting(NamedTuple):
     protocol: what guarantees depend on beside their mechanisms.
     defenses: in the order of the flag.
     aggregator: how the server combines updates.
+    rates: step sizes of clients and server by round.
     downlink: how the global model reaches the clients.
     float32_bytes: what an update costs without a codec, header included.
   """
@@ -58,6 +62,7 @@ class Setting(NamedTuple):
   protocol: accounting.Protocol
   defenses: list[defenses.Defense]
   aggregator: aggregate.Aggregator
+  rates: federated.Rates
   downlink: Codec
   float32_bytes: int
 
@@ -113,12 +118,14 @@ def build(config: Config) -> Setting:
   )
   protocol = protocol_of(config, clients, schedule)
   built = [defenses.make(spec, template, protocol) for spec in config.defense]
+  if config.algorithm == "scaffold":
+    built = [d._replace(codec=codecs.pair(d.codec)) for d in built]
   if config.algorithm == "fed_sgd":
-    training = local.gradient(net, config.client_lr, schedule)
+    training = local.gradient(net, schedule)
   else:
     training = local.sgd(
       net,
-      optax.sgd(config.client_lr),
+      optax.sgd,
       schedule,
       config.prox_mu if config.algorithm == "fed_prox" else 0.0,
     )
@@ -134,8 +141,16 @@ def build(config: Config) -> Setting:
     protocol,
     built,
     aggregate.make(config.aggregator),
+    federated.Rates(
+      schedules.make(
+        config.client_lr_schedule, config.client_lr, config.rounds
+      ),
+      schedules.make(
+        config.server_lr_schedule, config.server_lr, config.rounds
+      ),
+    ),
     _downlink(config, template),
-    message_bytes(template),
+    message_bytes(config, template),
   )
 
 
@@ -175,14 +190,28 @@ def _downlink(config: Config, template: Params) -> Codec:
       f"--downlink={config.downlink} keeps a state for each client, which the"
       " broadcast has not. Expected a codec without one, such as int8."
     )
-  return codec
+  return codecs.pair(codec) if config.algorithm == "scaffold" else codec
 
 
-def message_bytes(template: Params) -> int:
-  """Length of a float32 message of the model's size, header included."""
+def client(config: Config, built: Setting, defense: defenses.Defense):
+  """A client's side of the algorithm under one defence."""
+  return federated.client(
+    built.training,
+    defense.transform,
+    defense.codec,
+    config.dropout,
+    config.algorithm == "scaffold",
+  )
+
+
+def message_bytes(config: Config, template: Params) -> int:
+  """Length of what a client sends in float32, headers included."""
   codec = precision.make("none", template)
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
-  payload, _ = codec.encode(jax.random.key(0), zeros, codec.init(zeros))
+  sent = zeros
+  if config.algorithm == "scaffold":
+    codec, sent = codecs.pair(codec), (zeros, zeros)
+  payload, _ = codec.encode(jax.random.key(0), sent, codec.init(zeros))
   return int(codec.num_bytes(payload))
 
 

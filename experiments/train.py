@@ -12,9 +12,15 @@ import tqdm
 
 from experiments import adversary, folder, observations, setting, summary
 from experiments.config import Config
-from mpqfl_jax import accounting, checkpoint, engine, federated
+from mpqfl_jax import (
+  accounting,
+  checkpoint,
+  client_state,
+  engine,
+  federated,
+)
 from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Cohort, Examples, RoundAux
+from mpqfl_jax.types import Cohort, Examples, PyTree, RoundAux
 
 
 def run(
@@ -106,13 +112,15 @@ class Progress(NamedTuple):
   """All that a training run carries from round to round, as arrays.
 
   Attributes:
-    state: the algorithm's.
+    state: the server's.
+    clients: what the store holds of the clients' states.
     participations: [num_clients] int64, updates that arrived of each client.
     uplink_bytes: [] int64, so far.
     test: [2] float64, last test loss and accuracy.
   """
 
   state: federated.ServerState
+  clients: PyTree
   participations: np.ndarray
   uplink_bytes: np.ndarray
   test: np.ndarray
@@ -128,21 +136,25 @@ def _train(
 ) -> tuple[dict[str, Any], list[observations.Watched]]:
   """Trains under one defence, from its newest checkpoint where there is one."""
   place = run_dir / "checkpoints" / folder.slug(defense.spec)
+  client = setting.client(config, built, defense)
   algorithm = federated.federated(
     built.model,
-    federated.client_turn(
-      built.training, defense.transform, defense.codec, config.dropout
-    ),
-    lambda params: (defense.transform.init(params), defense.codec.init(params)),
+    client,
     built.downlink,
-    federated.server_optimizer(config.server_optimizer, config.server_lr),
+    federated.server_optimizer(config.server_optimizer),
+    built.rates,
     built.aggregator,
-    config.num_clients,
+    len(built.clients.order),
     built.plan,
     built.mesh,
   )
+  start_state = algorithm.init(setting.key(config, setting.WEIGHTS))
+  store = client_state.on_device(
+    client.init(start_state.params), config.num_clients
+  )
   progress = Progress(
-    algorithm.init(setting.key(config, setting.WEIGHTS)),
+    start_state,
+    store.init(),
     np.zeros(config.num_clients, np.int64),
     np.zeros((), np.int64),
     np.full(2, np.nan),
@@ -160,7 +172,7 @@ def _train(
   if finished.is_file() and done == config.rounds:
     return json.loads(finished.read_text()), kept
   whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
-  state = jax.device_put(progress.state, whole)
+  state, held = jax.device_put((progress.state, progress.clients), whole)
   rounds_key = setting.key(config, setting.ROUNDS)
   round_fn, compile_seconds = None, 0.0
   begin = time.perf_counter()
@@ -179,12 +191,13 @@ def _train(
     args = jax.device_put(
       (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
     )
+    states = store.gather(held, cohort.client_id)
     if round_fn is None:
-      lowered = jax.jit(algorithm.round).lower(state, examples, *args)
+      lowered = jax.jit(algorithm.round).lower(state, states, examples, *args)
       round_fn = lowered.compile()
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
-    state, aux = round_fn(state, examples, *args)
+    state, new_states, aux = round_fn(state, states, examples, *args)
     clients = jax.device_get(aux.clients)
     if (ids >= 0).any():
       seen = _keep(
@@ -196,17 +209,19 @@ def _train(
         ids,
         args[-1],
         aux,
+        states.variate,
         round_number,
       )
       observations.store(run_dir, seen)
       kept += seen
+    held = store.scatter(held, cohort.client_id, new_states)
     test = progress.test
     if round_number % config.eval_every == 0 or round_number == config.rounds:
       test = np.asarray(evaluate(state.params), np.float64)
     progress.participations[cohort.client_id] += clients.arrived
     sent = clients.uplink_bytes.sum(dtype=np.int64)
     progress = Progress(
-      state, progress.participations, progress.uplink_bytes + sent, test
+      state, held, progress.participations, progress.uplink_bytes + sent, test
     )
     ledger = accounting.Ledger(round_number, progress.participations)
     epsilon = defense.epsilon(ledger, config.delta)
@@ -228,6 +243,8 @@ def _train(
         "participants": int(clients.accepted.sum()),
         "rejected": int((~clients.accepted & clients.arrived).sum()),
         "epsilon": folder.number(epsilon),
+        "client_lr": float(built.rates.client(round_number - 1)),
+        "server_lr": float(built.rates.server(round_number - 1)),
         "seconds": time.perf_counter() - start,
       },
     )
@@ -263,10 +280,14 @@ def _keep(
   ids: np.ndarray,
   key: jax.Array,
   aux: RoundAux,
+  variates: PyTree,
   round_number: int,
 ) -> list[observations.Watched]:
-  """What the server keeps of the watched clients whose updates arrived."""
-  params, payloads = jax.device_get((aux.broadcast, aux.payloads))
+  """What the server keeps of the watched clients whose updates arrived.
+
+  `variates` are the cohort's, from before the round.
+  """
+  sent, payloads = jax.device_get((aux.broadcast, aux.payloads))
   arrived = np.asarray(aux.clients.arrived)
   kept = []
   for slot in np.flatnonzero(ids >= 0):
@@ -286,11 +307,18 @@ def _keep(
         defense=defense,
         round=round_number,
         client=client,
-        params=params,
+        params=sent.params,
         message=defense.codec.pack(payload),
         split="train",
         rows=rows,
         shape=shape,
+        learning_rate=float(sent.learning_rate),
+        variates=None
+        if config.algorithm != "scaffold"
+        else (
+          sent.variate,
+          jax.device_get(jax.tree.map(lambda leaf: leaf[place], variates)),
+        ),
       )
     )
   return kept

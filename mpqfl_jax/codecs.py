@@ -413,6 +413,56 @@ def error_feedback(codec: Codec) -> Codec:
   return codec._replace(init=init, encode=encode)
 
 
+def pair(codec: Codec) -> Codec:
+  """Sends two trees of one shape, such as SCAFFOLD's two changes.
+
+  Each is a message of its own; the length of the first, 4 bytes, stands before
+  both.
+
+  Args:
+    codec: of either tree.
+
+  Returns:
+    A codec of tuples of two, whose payloads, states and bins are tuples of two.
+  """
+
+  def encode(key, updates, states):
+    # The first as it would be alone.
+    first, one = codec.encode(key, updates[0], states[0])
+    second, two = codec.encode(
+      jax.random.fold_in(key, 1), updates[1], states[1]
+    )
+    return (first, second), (one, two)
+
+  def pack(payload):
+    return wire.join(codec.pack(payload[0]), codec.pack(payload[1]))
+
+  def records(payload):
+    return [
+      record._replace(path=f"{name}/{record.path}")
+      for name, part in zip(("model", "variate"), payload, strict=True)
+      for record in codec.records(part)
+    ]
+
+  return Codec(
+    init=lambda params: (codec.init(params), codec.init(params)),
+    encode=encode,
+    decode=lambda payload: tuple(codec.decode(part) for part in payload),
+    num_bytes=lambda payload: sum(
+      (codec.num_bytes(part) for part in payload),
+      start=jnp.int32(wire.LENGTH.size),
+    ),
+    pack=pack,
+    unpack=lambda message: tuple(
+      codec.unpack(part) for part in wire.part(message)
+    ),
+    bins=lambda payload: Bins(
+      *zip(*(codec.bins(part) for part in payload), strict=True)
+    ),
+    records=records,
+  )
+
+
 def fingerprint_of(name: str, template: PyTree, rules: list[str]) -> int:
   """32 bits that stand for a model's shapes and a policy's rules."""
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(template)]

@@ -22,7 +22,6 @@ from mpqfl_jax.types import (
   Cohort,
   Examples,
   Key,
-  Params,
   Payload,
   PyTree,
   Update,
@@ -137,8 +136,9 @@ class ClientOutput(NamedTuple):
   uplink_bytes: Array
 
 
-# (params, examples, client as a Cohort of scalars, state, round key)
-ClientFn = Callable[[Params, Examples, Cohort, PyTree, Key], ClientOutput]
+# (broadcast, examples, client as a Cohort of scalars, state, round key); the
+# broadcast is whatever the clients need of the server.
+ClientFn = Callable[[PyTree, Examples, Cohort, PyTree, Key], ClientOutput]
 
 
 class ClientReport(NamedTuple):
@@ -203,29 +203,29 @@ def run_cohort(
       update of the round.
 
   Returns:
-    (params, examples, cohort, states[clients, ...], watched[watched], key) ->
-    CohortResult. The cohort's length is free; it is padded inside.
+    (broadcast, examples, cohort, states[clients, ...], watched[watched], key)
+    -> CohortResult. The cohort's length is free; it is padded inside.
   """
 
-  def turn(params, examples, client, state, key):
-    out = client_fn(params, examples, client, state, key)
+  def turn(broadcast, examples, client, state, key):
+    out = client_fn(broadcast, examples, client, state, key)
     weight = jnp.where(out.finite & out.arrived, client.size, 0)
     return out, weight.astype(jnp.float32)
 
-  def one(params, examples, key, total, client, state):
-    out, weight = turn(params, examples, client, state, key)
+  def one(broadcast, examples, key, total, client, state):
+    out, weight = turn(broadcast, examples, client, state, key)
     return aggregate.accumulate(total, out.update, weight), out, weight
 
-  def side_by_side(params, examples, key, total, clients, states):
+  def side_by_side(broadcast, examples, key, total, clients, states):
     out, weight = jax.vmap(turn, (None, None, 0, 0, None))(
-      params, examples, clients, states, key
+      broadcast, examples, clients, states, key
     )
     total = jax.tree.map(
       lambda t, u: t + jnp.tensordot(weight, u, 1), total, out.update
     )
     return total, out, weight
 
-  def on_device(params, examples, cohort, states, watched, key):
+  def on_device(broadcast, examples, cohort, states, watched, key):
     count = len(cohort.client_id)
     size = count if plan.size == 0 else plan.size
     step = one if size == 1 else side_by_side
@@ -238,7 +238,7 @@ def run_cohort(
     def body(carry, client_and_state):
       total, total_weight, slots = carry
       client, state = client_and_state
-      total, out, weight = step(params, examples, key, total, client, state)
+      total, out, weight = step(broadcast, examples, key, total, client, state)
       slots = _record(slots, out.payload, client.client_id, watched)
       norms = jnp.sqrt(_per_client_squared_norm(out.update, weight.ndim))
       report = (out.loss, norms, out.uplink_bytes, weight > 0, out.arrived)
@@ -246,17 +246,18 @@ def run_cohort(
       carry = (total, total_weight + jnp.sum(weight), slots)
       return carry, (out.state, report, kept)
 
-    payload = jax.eval_shape(
-      lambda c, s: step(params, examples, key, params, c, s)[1].payload,
-      *jax.tree.map(lambda leaf: leaf[0], (cohort, states)),
+    out, _ = jax.eval_shape(
+      lambda c, s: turn(broadcast, examples, c, s, key),
+      *jax.tree.map(
+        lambda leaf: leaf[0, 0] if size > 1 else leaf[0], (cohort, states)
+      ),
     )
     slots = jax.tree.map(
-      lambda leaf: jnp.zeros(
-        (len(watched), *leaf.shape[int(size > 1) :]), leaf.dtype
-      ),
-      payload,
+      lambda leaf: jnp.zeros((len(watched), *leaf.shape), leaf.dtype),
+      out.payload,
     )
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0), slots)
+    total = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), out.update)
+    start = (total, jnp.float32(0), slots)
     (total, total_weight, slots), per_client = lax.scan(
       body, start, (cohort, states)
     )
@@ -280,7 +281,7 @@ def run_cohort(
     check_vma=False,
   )
 
-  def run(params, examples, cohort, states, watched, key):
+  def run(broadcast, examples, cohort, states, watched, key):
     count = len(cohort.client_id)
     devices = mesh.devices.size
     size = -(-count // devices) if plan.size == 0 else plan.size
@@ -293,7 +294,7 @@ def run_cohort(
       states,
     )
     update, per_client, payloads = sharded(
-      params, examples, padded, states, watched, key
+      broadcast, examples, padded, states, watched, key
     )
     states, report, kept = jax.tree.map(lambda leaf: leaf[:count], per_client)
     if aggregator.combine is not None:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from mpqfl_jax import aggregate, engine, errors, local
+from mpqfl_jax import aggregate, engine, errors, local, schedules, trees
 from mpqfl_jax.types import (
+  Array,
   Codec,
   FederatedAlgorithm,
   Key,
@@ -26,18 +27,70 @@ from mpqfl_jax.types import (
 
 
 class ServerState(NamedTuple):
-  """All that a run carries from round to round.
+  """All that the server carries from round to round.
 
   Attributes:
     params: the global model.
+    variate: SCAFFOLD's control variate, like the parameters; `()` elsewhere.
     opt_state: the server optimiser's state.
-    client_states: states of transforms and codec of every client of the
-      population, leading axis [num_clients]; without leaves where none has any.
+    round: [] int32, how many rounds there have been.
   """
 
   params: Params
+  variate: PyTree
   opt_state: PyTree
-  client_states: PyTree
+  round: Array
+
+
+class Broadcast(NamedTuple):
+  """What the clients of a round know of the server.
+
+  Attributes:
+    params: the global model, as it came out of the downlink's codec.
+    variate: SCAFFOLD's control variate, likewise; `()` elsewhere.
+    learning_rate: [] float32, the clients' step size, which both sides know
+      from the schedule.
+  """
+
+  params: Params
+  variate: PyTree
+  learning_rate: Array
+
+
+class ClientState(NamedTuple):
+  """What a client carries from one of its rounds to the next.
+
+  Attributes:
+    transform: of its transforms.
+    codec: of its codec.
+    variate: SCAFFOLD's control variate; `()` elsewhere.
+  """
+
+  transform: PyTree
+  codec: PyTree
+  variate: PyTree
+
+
+class Client(NamedTuple):
+  """One client's side of an algorithm.
+
+  Attributes:
+    init: params -> ClientState of a client that has not taken part yet.
+    turn: its part of a round, and the server's decoding of it.
+    scaffold: whether it sends (update, change of its control variate) and takes
+      the server's control variate, each through a `codecs.pair`.
+  """
+
+  init: Callable[[Params], ClientState]
+  turn: engine.ClientFn
+  scaffold: bool
+
+
+class Rates(NamedTuple):
+  """The step sizes of clients and server, by round from 0."""
+
+  client: schedules.Schedule
+  server: schedules.Schedule
 
 
 class ClientKeys(NamedTuple):
@@ -59,55 +112,113 @@ def client_keys(round_key: Key, client_id) -> ClientKeys:
   return ClientKeys(*(jax.random.fold_in(key, i) for i in range(4)))
 
 
-def client_turn(
+def client(
   training: local.LocalTraining,
   transform: UpdateTransform,
   codec: Codec,
   dropout: float = 0.0,
-) -> engine.ClientFn:
-  """One client's part of a round, and the server's decoding of it.
+  scaffold: bool = False,
+) -> Client:
+  """What a client does in a round.
+
+  SCAFFOLD (Karimireddy et al. 2020, algorithm 1) adds the difference of the
+  server's control variate and the client's to every gradient and sends the
+  change of its variate beside the update. The new variate is option II of what
+  is sent: the update after the transforms, noise included, over the steps and
+  their size. So the second message tells nothing that the first has not told,
+  and a proof of privacy for the first covers both. The client moves its variate
+  by what the server decodes, so that the server's variate stays the mean of the
+  clients', whatever the codec loses.
 
   Args:
     training: what the client computes.
     transform: what it does to its update before the codec.
-    codec: how the update crosses the wire.
-    dropout: probability that the update does not arrive.
+    codec: how what it sends crosses the wire: the update, or with `scaffold` a
+      `codecs.pair` of update and change of the variate.
+    dropout: probability that what it sends does not arrive.
+    scaffold: whether there are control variates.
   """
 
-  def turn(params, examples, client, state, round_key):
-    keys = client_keys(round_key, client.client_id)
+  def init(params):
+    variate = jax.tree.map(jnp.zeros_like, params) if scaffold else ()
+    return ClientState(transform.init(params), codec.init(params), variate)
+
+  def turn(broadcast, examples, who, state, round_key):
+    keys = client_keys(round_key, who.client_id)
+    drift = None
+    if scaffold:
+      drift = trees.subtract(broadcast.variate, state.variate)
     result = training(
-      params, examples, client.offset, client.size, keys.batches
+      broadcast.params,
+      examples,
+      who.offset,
+      who.size,
+      keys.batches,
+      broadcast.learning_rate,
+      drift,
     )
-    update, kept = transform.apply(keys.noise, result.update, state[0])
-    payload, residual = codec.encode(keys.rounding, update, state[1])
-    arrived = client.size > 0
+    update, kept = transform.apply(keys.noise, result.update, state.transform)
+    if scaffold:
+      way = jnp.maximum(result.steps, 1) * broadcast.learning_rate
+      change = jax.tree.map(lambda u, c: u / way - c, update, broadcast.variate)
+      update = (update, change)
+    payload, residual = codec.encode(keys.rounding, update, state.codec)
+    decoded = codec.decode(payload)
+    variate = trees.add(state.variate, decoded[1]) if scaffold else ()
+    finite = aggregate.is_finite(update)
+    arrived = who.size > 0
     if dropout:
       arrived &= ~jax.random.bernoulli(keys.dropout, dropout)
     return engine.ClientOutput(
-      update=codec.decode(payload),
+      update=decoded,
       payload=payload,
-      # Who drops out has sent nothing, and its state is as it was.
+      # Who drops out or is rejected has sent nothing, and its state is as it
+      # was.
       state=jax.tree.map(
-        lambda new, old: jnp.where(arrived, new, old), (kept, residual), state
+        lambda new, old: jnp.where(arrived & finite, new, old),
+        ClientState(kept, residual, variate),
+        state,
       ),
-      finite=aggregate.is_finite(update),
+      finite=finite,
       arrived=arrived,
       loss=result.loss,
       uplink_bytes=jnp.where(arrived, codec.num_bytes(payload), 0),
     )
 
-  return turn
+  return Client(init, turn, scaffold)
+
+
+def broadcast(
+  downlink: Codec, params: Params, variate: PyTree, key: Key
+) -> tuple[Params, PyTree, Array]:
+  """What the clients make of the server's message.
+
+  Args:
+    downlink: a codec that keeps no state; of a pair where there is a variate.
+    params: the global model.
+    variate: SCAFFOLD's control variate, or `()`.
+    key: the round's.
+
+  Returns:
+    The decoded model, the decoded variate, the message's length in bytes.
+  """
+  sent = (params, variate) if jax.tree.leaves(variate) else params
+  message, _ = downlink.encode(
+    jax.random.fold_in(key, _DOWNLINK), sent, downlink.init(params)
+  )
+  got = downlink.decode(message)
+  size = downlink.num_bytes(message)
+  return (*got, size) if jax.tree.leaves(variate) else (got, (), size)
 
 
 def federated(
   model: Model,
-  client: engine.ClientFn,
-  client_init: Callable[[Params], PyTree],
+  client: Client,
   downlink: Codec,
-  server_optimizer: optax.GradientTransformation,
+  server_optimizer: Callable[[Array], optax.GradientTransformation],
+  rates: Rates,
   aggregator: aggregate.Aggregator,
-  num_clients: int,
+  num_examples: int,
   plan: engine.Plan,
   mesh: Mesh,
 ) -> FederatedAlgorithm:
@@ -116,55 +227,66 @@ def federated(
   With `local.sgd` and a server that subtracts the mean this is FedAvg
   (McMahan et al. 2017, algorithm 1); with `local.gradient`, FedSGD; with a
   proximal term, FedProx (Li et al. 2020); with an adaptive server optimiser,
-  FedOpt (Reddi et al. 2021, algorithm 2).
+  FedOpt (Reddi et al. 2021, algorithm 2); with control variates, SCAFFOLD
+  (Karimireddy et al. 2020, algorithm 1), where the mean over the population is
+  weighted by examples as everywhere here: clients of equal size have the
+  paper's |S| / N.
 
   Args:
     model: the classifier; only its `init` is used here.
-    client: one client's turn, from `client_turn`.
-    client_init: params -> a client's first state, of transform and codec.
-    downlink: how the global model reaches the clients; it keeps no state.
-    server_optimizer: takes the aggregate as a gradient; `optax.sgd(1.0)`
-      replaces the model by the weighted mean of the clients' models.
+    client: one client's side.
+    downlink: how the global model reaches the clients; it keeps no state. With
+      control variates a `codecs.pair`.
+    server_optimizer: step size -> an optimiser that takes the aggregate as a
+      gradient; `optax.sgd` at 1.0 replaces the model by the weighted mean of
+      the clients' models.
+    rates: the step sizes.
     aggregator: how the decoded updates are combined.
-    num_clients: size of the population.
+    num_examples: of all clients of the population together.
     plan: how a cohort is executed.
     mesh: the devices.
 
   Returns:
     A FederatedAlgorithm whose state is a ServerState; `round` is jitted.
   """
-  run = engine.run_cohort(client, plan, mesh, aggregator)
+  run = engine.run_cohort(client.turn, plan, mesh, aggregator)
 
   def init(key):
     params = model.init(key)
-    states = jax.tree.map(
-      lambda leaf: jnp.repeat(leaf[None], num_clients, 0), client_init(params)
+    return ServerState(
+      params,
+      jax.tree.map(jnp.zeros_like, params) if client.scaffold else (),
+      server_optimizer(jnp.float32(0)).init(params),
+      jnp.int32(0),
     )
-    return ServerState(params, server_optimizer.init(params), states)
 
   @jax.jit
-  def round(state, examples, cohort, watched, key):
-    message, _ = downlink.encode(
-      jax.random.fold_in(key, _DOWNLINK),
-      state.params,
-      downlink.init(state.params),
+  def round(state, client_states, examples, cohort, watched, key):
+    params, variate, size = broadcast(
+      downlink, state.params, state.variate, key
     )
-    broadcast = downlink.decode(message)
-    states = jax.tree.map(lambda s: s[cohort.client_id], state.client_states)
-    result = run(broadcast, examples, cohort, states, watched, key)
-    change, opt_state = server_optimizer.update(
-      result.update, state.opt_state, state.params
+    rate = jnp.float32(rates.client(state.round))
+    sent = Broadcast(params, variate, rate)
+    result = run(sent, examples, cohort, client_states, watched, key)
+    update, variate = result.update, state.variate
+    if client.scaffold:
+      update, change = update
+      took_part = jnp.sum(jnp.where(result.report.accepted, cohort.size, 0))
+      share = took_part.astype(jnp.float32) / num_examples
+      variate = trees.add(variate, trees.scale(share, change))
+    rule = server_optimizer(jnp.float32(rates.server(state.round)))
+    step, opt_state = rule.update(update, state.opt_state, state.params)
+    state = ServerState(
+      optax.apply_updates(state.params, step),
+      variate,
+      opt_state,
+      state.round + 1,
     )
-    client_states = jax.tree.map(
-      lambda old, new: old.at[cohort.client_id].set(new),
-      state.client_states,
+    return (
+      state,
       result.states,
+      RoundAux(result.report, result.payloads, sent, size),
     )
-    params = optax.apply_updates(state.params, change)
-    aux = RoundAux(
-      result.report, result.payloads, broadcast, downlink.num_bytes(message)
-    )
-    return ServerState(params, opt_state, client_states), aux
 
   return FederatedAlgorithm(init, round)
 
@@ -182,13 +304,13 @@ SERVER_OPTIMIZERS: dict[str, Callable] = {
 
 
 def server_optimizer(
-  name: str, learning_rate: float
-) -> optax.GradientTransformation:
-  """Builds a server optimiser by name.
+  name: str,
+) -> Callable[[Array], optax.GradientTransformation]:
+  """Step size -> the server optimiser of that name.
 
   Raises:
     UserError: no such optimiser.
   """
   if name not in SERVER_OPTIMIZERS:
     raise errors.unknown_name("server optimizer", name, SERVER_OPTIMIZERS)
-  return SERVER_OPTIMIZERS[name](learning_rate)
+  return SERVER_OPTIMIZERS[name]

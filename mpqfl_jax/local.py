@@ -23,6 +23,7 @@ from mpqfl_jax.types import (
   Model,
   Params,
   PyTree,
+  Update,
 )
 
 
@@ -116,33 +117,42 @@ def images(examples: Examples, rows: Array) -> Array:
   return examples.x[rows].astype(jnp.float32) / 255.0
 
 
-# (params, examples, offset, size, key) -> ClientResult
-LocalTraining = Callable[[Params, Examples, Array, Array, Key], ClientResult]
+# (params, examples, offset [], size [], key, learning rate [], drift) ->
+# ClientResult; the drift is added to every gradient where it is not None.
+LocalTraining = Callable[
+  [Params, Examples, Array, Array, Key, Array, Update | None], ClientResult
+]
+# learning rate -> the client's optimiser
+Optimizer = Callable[[Array], optax.GradientTransformation]
 
 
 def sgd(
   model: Model,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   schedule: Schedule,
   prox_mu: float = 0.0,
 ) -> LocalTraining:
-  """Local training: FedAvg's client update, or FedProx's.
+  """Local training: FedAvg's client update, FedProx's or SCAFFOLD's.
 
   Source: McMahan et al. 2017, algorithm 1, ClientUpdate; with `prox_mu`, Li et
-  al. 2020 (FedProx), equation 2.
+  al. 2020 (FedProx), equation 2; with a drift, the server's control variate
+  less the client's, Karimireddy et al. 2020 (SCAFFOLD), equation 3.
 
   Args:
     model: the classifier.
-    optimizer: the client's optimiser; its state starts afresh each round.
+    optimizer: learning rate -> the client's optimiser, such as `optax.sgd`;
+      its state starts afresh each round.
     schedule: epochs or steps, and the batch size.
     prox_mu: weight of the proximal term, mu / 2 times the squared distance to
       the global model.
 
   Returns:
-    (params, examples, offset [], size [], key) -> ClientResult.
+    A LocalTraining.
   """
 
-  def train(params, examples, offset, size, key):
+  def train(params, examples, offset, size, key, learning_rate, drift=None):
+    rule = optimizer(learning_rate)
+
     def batch_loss(local, rows, mask):
       losses = models.cross_entropy(
         model, local, images(examples, rows), examples.y[rows]
@@ -155,41 +165,46 @@ def sgd(
       if prox_mu:
         pull = trees.scale(prox_mu, trees.subtract(local, params))
         grad = trees.add(grad, pull)
-      change, state = optimizer.update(grad, state, local)
+      if drift is not None:
+        grad = trees.add(grad, drift)
+      change, state = rule.update(grad, state, local)
       local = optax.apply_updates(local, change)
       seen = jnp.sum(mask)
       return local, state, loss + seen * value, count + seen
 
     zero = jnp.float32(0)
-    start = (params, optimizer.init(params), zero, zero)
+    start = (params, rule.init(params), zero, zero)
     local, _, loss, count = schedule.fold(
       step, start, key, offset, size, examples.order
     )
     update = trees.subtract(params, local)
-    return ClientResult(update, loss / jnp.maximum(count, 1))
+    steps = schedule.num_steps(size)
+    return ClientResult(update, loss / jnp.maximum(count, 1), steps)
 
   return train
 
 
-def gradient(
-  model: Model, learning_rate: float, schedule: Schedule
-) -> LocalTraining:
+def gradient(model: Model, schedule: Schedule) -> LocalTraining:
   """One gradient over all of the client's examples: FedSGD.
+
+  The update is the learning rate times the mean gradient, as if the client had
+  taken one step, so that both algorithms share a server.
 
   Source: McMahan et al. 2017, section 2, FederatedSGD.
 
   Args:
     model: the classifier.
-    learning_rate: the update is this times the mean gradient, as if the client
-      had taken one step, so that both algorithms share a server.
     schedule: one epoch; its batches only bound the memory.
 
   Returns:
-    (params, examples, offset [], size [], key) -> ClientResult.
+    A LocalTraining that takes no drift.
   """
   schedule = schedule._replace(epochs=1, steps=None)
 
-  def train(params, examples, offset, size, key):
+  def train(params, examples, offset, size, key, learning_rate, drift=None):
+    if drift is not None:
+      raise ValueError("one gradient does not drift")
+
     def batch_sum(params, rows, mask):
       losses = models.cross_entropy(
         model, params, images(examples, rows), examples.y[rows]
@@ -204,6 +219,7 @@ def gradient(
     start = (jax.tree.map(jnp.zeros_like, params), jnp.float32(0))
     total, loss = schedule.fold(step, start, key, offset, size, examples.order)
     count = jnp.maximum(size, 1).astype(jnp.float32)
-    return ClientResult(trees.scale(learning_rate / count, total), loss / count)
+    update = trees.scale(learning_rate / count, total)
+    return ClientResult(update, loss / count, jnp.minimum(size, 1))
 
   return train

@@ -79,10 +79,12 @@ class ClientResult(NamedTuple):
   Attributes:
     update: params - local params, float32.
     loss: [] float32, the mean loss over the examples it visited.
+    steps: [] int32, how many steps it took.
   """
 
   update: Update
   loss: Array
+  steps: Array
 
 
 class RoundAux(NamedTuple):
@@ -91,14 +93,14 @@ class RoundAux(NamedTuple):
   Attributes:
     clients: an `engine.ClientReport`: losses, norms, bytes, who took part.
     payloads: the watched clients' payloads, leading axis [watched].
-    broadcast: the parameters that the clients started from: the global model as
-      it came out of the downlink's codec.
+    broadcast: a `federated.Broadcast`: the parameters that the clients started
+      from, as they came out of the downlink's codec, and the round's step size.
     downlink_bytes: [] int32, length of the message that each client received.
   """
 
   clients: Any
   payloads: Payload
-  broadcast: Params
+  broadcast: Any
   downlink_bytes: Array
 
 
@@ -107,9 +109,12 @@ class FederatedAlgorithm(NamedTuple):
 
   Attributes:
     init: key -> server state.
-    round: (server_state, examples, cohort, watched[watched] int32 client ids,
-      key) -> (server_state, RoundAux). Watching changes nothing: the program is
-      the same whoever is watched, -1 for nobody.
+    round: (server_state, client_states[clients, ...], examples, cohort,
+      watched[watched] int32 client ids, key) -> (server_state, client_states,
+      RoundAux). The states are those of the cohort, in its order; where those
+      of the population are kept is a `client_state.Store`'s affair. Watching
+      changes nothing: the program is the same whoever is watched, -1 for
+      nobody.
   """
 
   init: Callable[[Key], PyTree]

@@ -19,6 +19,7 @@ MAGIC = b"MPQ"
 VERSION = 1
 HEADER = struct.Struct("<3sBI")
 CHECKSUM = struct.Struct("<I")
+LENGTH = struct.Struct("<I")  # of the first of two messages
 OVERHEAD = HEADER.size + CHECKSUM.size  # bytes a message
 
 
@@ -126,6 +127,22 @@ def seal(print_: int, records: Sequence[Chunk]) -> bytes:
 def reseal(body: bytes) -> bytes:
   """Appends the checksum of all that stands before it."""
   return body + CHECKSUM.pack(zlib.crc32(body))
+
+
+def join(first: bytes, second: bytes) -> bytes:
+  """Two messages that travel as one: the length of the first, then both."""
+  return LENGTH.pack(len(first)) + first + second
+
+
+def part(message: bytes) -> tuple[bytes, bytes]:
+  """The inverse of `join`; raises WireError."""
+  if len(message) < LENGTH.size:
+    raise WireError(f"{len(message)} bytes, too short for a pair of messages")
+  (length,) = LENGTH.unpack_from(message)
+  body = message[LENGTH.size :]
+  if length > len(body):
+    raise WireError(f"first of a pair has {length} bytes, {len(body)} are left")
+  return body[:length], body[length:]
 
 
 def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:

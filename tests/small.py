@@ -1,11 +1,16 @@
 """A linear classifier and a small population, quick to compile."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpqfl_jax import (
   aggregate,
+  client_state,
+  codecs,
   engine,
   federated,
   local,
@@ -50,6 +55,21 @@ def cohort(ids) -> Cohort:
   )
 
 
+class Rounds(NamedTuple):
+  """An algorithm together with the states of all its clients.
+
+  Attributes:
+    client: one client's side.
+    init: key -> (server state, states of all clients).
+    round: ((server state, states), examples, cohort, watched, key) -> the same,
+      and what the round reports.
+  """
+
+  client: federated.Client
+  init: Callable
+  round: Callable
+
+
 def algorithm(
   training: local.LocalTraining,
   plan: str = "loop",
@@ -57,22 +77,45 @@ def algorithm(
   codec: str = "none",
   transform=None,
   server=("sgd", 1.0),
+  client_lr=0.3,
   aggregator: str = "mean",
   dropout: float = 0.0,
   downlink: str = "none",
-):
-  net = model()
+  scaffold: bool = False,
+  net: Model | None = None,
+  sizes: np.ndarray = SIZES,
+) -> Rounds:
+  net = net or model()
   params = net.init(jax.random.key(0))
-  transform = transform or transforms.identity()
   up, down = precision.make(codec, params), precision.make(downlink, params)
-  return federated.federated(
+  if scaffold:
+    up, down = codecs.pair(up), codecs.pair(down)
+  client = federated.client(
+    training, transform or transforms.identity(), up, dropout, scaffold
+  )
+  name, server_lr = server
+  built = federated.federated(
     net,
-    federated.client_turn(training, transform, up, dropout),
-    lambda params: (transform.init(params), up.init(params)),
+    client,
     down,
-    federated.server_optimizer(*server),
+    federated.server_optimizer(name),
+    federated.Rates(lambda r: client_lr, lambda r: server_lr),
     aggregate.make(aggregator),
-    len(SIZES),
+    int(sizes.sum()),
     engine.plan(plan, "cpu"),
     engine.mesh(devices),
   )
+  store = client_state.on_device(client.init(params), len(sizes))
+
+  def init(key):
+    return built.init(key), store.init()
+
+  def round(state, examples, cohort, watched, key):
+    server, held = state
+    states = store.gather(held, cohort.client_id)
+    server, states, aux = built.round(
+      server, states, examples, cohort, watched, key
+    )
+    return (server, store.scatter(held, cohort.client_id, states)), aux
+
+  return Rounds(client, init, round)

@@ -17,7 +17,7 @@ NOBODY = jnp.full(2, -1, jnp.int32)
 
 def _training():
   schedule = local.Schedule(batch_size=3, max_examples=10)
-  return local.sgd(small.model(), optax.sgd(0.3), schedule)
+  return local.sgd(small.model(), optax.sgd, schedule)
 
 
 @functools.cache
@@ -27,10 +27,14 @@ def _algorithm(plan, devices, **options):
 
 def _round(plan="loop", devices=1, ids=IDS, watched=NOBODY, **options):
   algorithm = _algorithm(plan, devices, **options)
-  state = algorithm.init(jax.random.key(0))
-  return algorithm.round(
-    state, small.examples(), small.cohort(ids), watched, jax.random.key(5)
+  (state, _), aux = algorithm.round(
+    algorithm.init(jax.random.key(0)),
+    small.examples(),
+    small.cohort(ids),
+    watched,
+    jax.random.key(5),
   )
+  return state, aux
 
 
 def _assert_equal(a, b, atol=0.0):
@@ -79,6 +83,7 @@ def test_weighted_mean_equals_numpy():
       jnp.int32(small.OFFSETS[client]),
       jnp.int32(small.SIZES[client]),
       batches,
+      0.3,
     ).update
     part = jax.tree.map(
       lambda u: small.SIZES[client] * np.asarray(u, np.float64), update
@@ -110,20 +115,19 @@ def test_watched_payloads_are_the_clients_own(plan, devices, codec):
   _, aux = _round(plan, devices, watched=watched, codec=codec)
   params = small.model().init(jax.random.key(0))
   built = precision.make(codec, params)
-  turn = jax.jit(
-    federated.client_turn(_training(), transforms.identity(), built)
-  )
+  mine = federated.client(_training(), transforms.identity(), built)
+  turn = jax.jit(mine.turn)
   for slot, client in ((0, 1), (1, 10)):
     who = jax.tree.map(lambda leaf: leaf[0], small.cohort([client]))
     alone = turn(
-      params,
+      federated.Broadcast(params, (), jnp.float32(0.3)),
       small.examples(),
       who,
-      ((), built.init(params)),
+      mine.init(params),
       jax.random.key(5),
     )
-    mine = jax.tree.map(lambda leaf: leaf[slot], aux.payloads)
-    assert built.pack(mine) == built.pack(alone.payload)
+    sent = jax.tree.map(lambda leaf: leaf[slot], aux.payloads)
+    assert built.pack(sent) == built.pack(alone.payload)
   for slot in (2, 3):
     empty = jax.tree.map(lambda leaf: leaf[slot], aux.payloads)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(empty))
@@ -181,7 +185,7 @@ def test_client_state_stays_with_its_client():
     state, _ = algorithm.round(
       state, small.examples(), small.cohort(ids), NOBODY, jax.random.key(5)
     )
-  counts = np.asarray(jax.tree.leaves(state.client_states)[0])
+  counts = np.asarray(jax.tree.leaves(state[1])[0])
   assert counts.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 2, 0]
 
 
@@ -209,14 +213,23 @@ def test_who_drops_out_leaves_no_trace():
   counter = transforms.identity()._replace(
     init=lambda params: jnp.int32(0), apply=apply
   )
-  state, aux = _round(devices=2, dropout=0.5, transform=counter)
+  algorithm = small.algorithm(
+    _training(), devices=2, dropout=0.5, transform=counter
+  )
+  (state, states), aux = algorithm.round(
+    algorithm.init(jax.random.key(0)),
+    small.examples(),
+    small.cohort(IDS),
+    NOBODY,
+    jax.random.key(5),
+  )
   arrived = np.asarray(aux.clients.arrived)
   assert 0 < arrived.sum() < len(IDS)
   there = [c for c, ok in zip(IDS, arrived, strict=True) if ok]
   clean, _ = _round(ids=there)
   _assert_equal(state.params, clean.params, atol=1e-6)
   assert np.all((np.asarray(aux.clients.uplink_bytes) > 0) == arrived)
-  counts = np.asarray(jax.tree.leaves(state.client_states)[0])
+  counts = np.asarray(jax.tree.leaves(states)[0])
   assert sorted(np.flatnonzero(counts)) == sorted(there)
 
 
@@ -245,7 +258,7 @@ def test_clients_start_from_the_decoded_broadcast():
   codec = precision.make("int4", params)
   payload, _ = codec.encode(jax.random.key(0), params, codec.init(params))
   decoded = codec.decode(payload)
-  _assert_equal(aux.broadcast, decoded)
+  _assert_equal(aux.broadcast.params, decoded)
   assert int(aux.downlink_bytes) == len(codec.pack(payload))
   assert any(
     np.any(a != b)
@@ -255,8 +268,9 @@ def test_clients_start_from_the_decoded_broadcast():
   )
   # The update is relative to the broadcast, the step is the server's own.
   algorithm = small.algorithm(_training())
-  there = algorithm.init(jax.random.key(0))._replace(params=decoded)
-  moved, _ = algorithm.round(
+  server, states = algorithm.init(jax.random.key(0))
+  there = server._replace(params=decoded), states
+  (moved, _), _ = algorithm.round(
     there, small.examples(), small.cohort(IDS), NOBODY, jax.random.key(5)
   )
   want = jax.tree.map(

@@ -21,7 +21,7 @@ from experiments import (
   setting,
   train,
 )
-from mpqfl_jax import federated, metrics
+from mpqfl_jax import federated, metrics, models
 
 SMALL = (
   "--model=mlp",
@@ -73,7 +73,8 @@ def test_a_run_leaves_the_promised_files(attacked):
   assert [r["round"] for r in rounds] == [1, 2, 3] * 3
   wanted = (
     "round, train_loss, test_loss, test_accuracy, uplink_bytes,"
-    " downlink_bytes, participants, rejected, epsilon, seconds"
+    " downlink_bytes, participants, rejected, epsilon, client_lr, server_lr,"
+    " seconds"
   )
   assert set(rounds[0]) == {"defense", *wanted.split(", ")}
   wanted = (
@@ -187,14 +188,87 @@ def test_attack_task_inverts_given_images(tmp_path):
   }
 
 
+def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
+  """The kept messages give the gradient of the client's one step."""
+  run = tmp_path / "run"
+  args = (
+    *SMALL,
+    "--rounds=2",
+    "--cohort_size=400",
+    "--algorithm=scaffold",
+    "--defense=none,int8",
+    "--attack=analytic",
+    "--attack_rounds=2",
+    "--attack_knowledge=adaptive",
+    "--client_lr=0.2",
+    "--client_lr_schedule=exponential(decay=0.5)",
+    f"--output_dir={run}",
+  )
+  assert execute(*args) == 0
+  values = from_args(*args)
+  built = setting.build(values)
+  rounds = lines(run / "metrics.jsonl")
+  rates = [r["client_lr"] for r in rounds]
+  np.testing.assert_allclose(rates, [0.2, 0.1, 0.2, 0.1], rtol=1e-6)
+  assert all(r["server_lr"] == 1.0 for r in rounds)
+  seen = [
+    (w, defense)
+    for defense in built.defenses
+    for w in observations.load(run, defense, 2, built.template)
+  ]
+  assert len(seen) == 4
+  for w, defense in seen:
+    x, y = built.data.x_train[w.rows] / 255.0, built.data.y_train[w.rows]
+    gradient = jax.grad(
+      lambda p: models.cross_entropy(built.model, p, x, y).mean()
+    )(w.params)
+    assert w.variates is not None and np.any(jax.tree.leaves(w.variates)[0])
+    got = adversary._observe(values, w, "adaptive", y)
+    span = max(
+      np.ptp(leaf)
+      for leaf in jax.tree.leaves(defense.codec.decode(w_payload(w)))
+    )
+    near = 1e-6 if defense.spec == "none" else span / 128
+    for g, u, low, high in zip(
+      *map(
+        jax.tree.leaves,
+        (gradient, got.update, got.bins.lower, got.bins.upper),
+      ),
+      strict=True,
+    ):
+      np.testing.assert_allclose(0.1 * g, u, atol=near)
+      assert np.all((low - 1e-6 <= 0.1 * g) & (0.1 * g <= high + 1e-6))
+    # The second message narrows what the first leaves open.
+    if defense.spec == "int8":
+      first = defense.codec.bins(w_payload(w))
+      widths = [
+        sum(
+          float((b - a).sum())
+          for a, b in zip(*map(jax.tree.leaves, ends), strict=True)
+        )
+        for ends in (
+          (got.bins.lower, got.bins.upper),
+          (first.lower[0], first.upper[0]),
+        )
+      ]
+      assert widths[0] < 0.95 * widths[1]
+  summary = json.loads((run / "summary.json").read_text())
+  entry = summary["defenses"]["none"]
+  assert (
+    entry["uplink_bytes_per_client"]
+    == summary["uplink_bytes_per_client_float32"]
+  )
+
+
+def w_payload(w):
+  return w.defense.codec.unpack(w.message)
+
+
 def test_bytes_reported_are_the_bytes_of_the_messages():
   values = from_args(*SMALL, "--defense=mixed_random,prune,topk,sign,none")
   built = setting.build(values)
   params = built.model.init(jax.random.key(0))
-  turn_of = {
-    d.spec: jax.jit(federated.client_turn(built.training, d.transform, d.codec))
-    for d in built.defenses
-  }
+  sent = federated.Broadcast(params, (), np.float32(0.1))
   from mpqfl_jax.types import Cohort, Examples
 
   examples = Examples._make(
@@ -206,12 +280,11 @@ def test_bytes_reported_are_the_bytes_of_the_messages():
   )
   cohort = train.sample(values, built, 1)
   for defense in built.defenses:
-    state = (defense.transform.init(params), defense.codec.init(params))
+    client = setting.client(values, built, defense)
+    turn, state = jax.jit(client.turn), client.init(params)
     for i in range(3):
       who = Cohort._make(leaf[i] for leaf in cohort)
-      out = turn_of[defense.spec](
-        params, examples, who, state, jax.random.key(1)
-      )
+      out = turn(sent, examples, who, state, jax.random.key(1))
       message = defense.codec.pack(jax.device_get(out.payload))
       assert int(out.uplink_bytes) == len(message)
 
@@ -221,7 +294,7 @@ def test_auxiliary_images_hold_no_attacked_one(attacked):
   built = setting.build(values)
   rows = np.array([0, 3, 5])
   watched = observations.Watched(
-    built.defenses[0], 1, 0, None, b"", "train", rows, (1, 3)
+    built.defenses[0], 1, 0, None, b"", "train", rows, (1, 3), 0.1, None
   )
   images = adversary.auxiliary_images(built, [watched])
   assert len(images) == len(built.data.x_train) - 3

@@ -12,10 +12,10 @@ from tests import small
 NOBODY = jnp.full(1, -1, jnp.int32)
 
 
-def _rounds(training, number=3, server=("sgd", 1.0)):
-  algorithm = small.algorithm(training, server=server)
+def _rounds(training, number=3, client_lr=0.5, **options):
+  algorithm = small.algorithm(training, client_lr=client_lr, **options)
   state = algorithm.init(jax.random.key(0))
-  path = [state.params]
+  path = [state[0].params]
   for r in range(number):
     state, _ = algorithm.round(
       state,
@@ -24,7 +24,7 @@ def _rounds(training, number=3, server=("sgd", 1.0)):
       NOBODY,
       jax.random.fold_in(jax.random.key(1), r),
     )
-    path.append(state.params)
+    path.append(state[0].params)
   return path
 
 
@@ -52,22 +52,22 @@ def _central(learning_rate, number=3):
 
 def test_fed_sgd_of_everyone_is_gradient_descent():
   schedule = local.Schedule(batch_size=3, max_examples=10)
-  path = _rounds(local.gradient(small.model(), 0.5, schedule))
+  path = _rounds(local.gradient(small.model(), schedule))
   _assert_close(path, _central(0.5))
 
 
 def test_fed_avg_of_one_full_batch_step_is_fed_sgd():
   schedule = local.Schedule(batch_size=10, max_examples=10)
-  path = _rounds(local.sgd(small.model(), optax.sgd(0.5), schedule))
+  path = _rounds(local.sgd(small.model(), optax.sgd, schedule))
   _assert_close(path, _central(0.5))
 
 
 def test_fed_prox_without_weight_is_fed_avg():
   schedule = local.Schedule(batch_size=3, max_examples=10, epochs=2)
-  model, rate = small.model(), optax.sgd(0.5)
+  model = small.model()
   _assert_close(
-    _rounds(local.sgd(model, rate, schedule, prox_mu=0.0)),
-    _rounds(local.sgd(model, rate, schedule)),
+    _rounds(local.sgd(model, optax.sgd, schedule, prox_mu=0.0)),
+    _rounds(local.sgd(model, optax.sgd, schedule)),
     atol=0,
   )
 
@@ -93,13 +93,14 @@ def test_the_proximal_term_in_closed_form():
     moved = jax.tree.map(
       lambda d, g: d + rate * (g - mu * d), moved, jax.grad(loss)(here)
     )
-  training = local.sgd(model, optax.sgd(rate), schedule, prox_mu=mu)
+  training = local.sgd(model, optax.sgd, schedule, prox_mu=mu)
   result = jax.jit(training)(
     params,
     data,
     jnp.int32(small.OFFSETS[client]),
     jnp.int32(1),
     jax.random.key(0),
+    rate,
   )
   _assert_close(result.update, moved)
 
@@ -109,7 +110,7 @@ def test_first_server_step_in_closed_form(name):
   # From Reddi et al. 2021, algorithm 2, with optax's bias correction: m-hat is
   # the update d and v-hat its square; Adagrad adds the square, too.
   schedule = local.Schedule(batch_size=10, max_examples=10)
-  training = local.gradient(small.model(), 0.5, schedule)
+  training = local.gradient(small.model(), schedule)
   mean = jax.tree.map(
     lambda a, b: np.asarray(a - b, np.float64), *_rounds(training, 1)
   )
@@ -133,4 +134,4 @@ def test_first_server_step_in_closed_form(name):
 
 def test_unknown_server_optimizer_names_the_nearest():
   with pytest.raises(errors.UserError, match="Did you mean 'adam'"):
-    federated.server_optimizer("adm", 1.0)
+    federated.server_optimizer("adm")

@@ -1,5 +1,7 @@
 """A client's training against the same thing written out in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from mpqfl_jax import local
 from tests import small
 
 KEY = jax.random.key(7)
+RATE = 0.5
+MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
 
 
 def _schedule(**changes):
@@ -44,7 +48,7 @@ def _examples64():
   return np.asarray(data.x, np.float64).reshape(len(data.y), -1) / 255, data
 
 
-def _run(training, client):
+def _run(training, client, drift=None):
   params = small.model().init(jax.random.key(0))
   return jax.jit(training)(
     params,
@@ -52,6 +56,8 @@ def _run(training, client):
     jnp.int32(small.OFFSETS[client]),
     jnp.int32(small.SIZES[client]),
     KEY,
+    RATE,
+    drift,
   )
 
 
@@ -80,8 +86,10 @@ def test_steps_go_on_into_further_epochs():
 
 
 @pytest.mark.parametrize("client", [0, 1, 5, 9])
-@pytest.mark.parametrize("changes", [{}, {"steps": 4}])
-def test_sgd_equals_numpy(client, changes):
+@pytest.mark.parametrize(
+  "changes, drift", [({}, 0.0), ({"steps": 4}, 0.0), ({"steps": 4}, 0.2)]
+)
+def test_sgd_equals_numpy(client, changes, drift):
   schedule = _schedule(**changes)
   steps = int(schedule.num_steps(jnp.int32(small.SIZES[client])))
   rows, mask = _rows(schedule, client, steps)
@@ -92,9 +100,16 @@ def test_sgd_equals_numpy(client, changes):
   for row, m in zip(rows, mask, strict=True):
     row = row[m > 0]
     grad, loss = _gradient(here, x[row], np.asarray(data.y)[row])
-    here = {k: here[k] - 0.5 * grad[k] for k in here}
+    here = {k: here[k] - 0.5 * (grad[k] + drift) for k in here}
     total, count = total + loss * len(row), count + len(row)
-  result = _run(local.sgd(small.model(), optax.sgd(0.5), schedule), client)
+  result = _run(
+    local.sgd(small.model(), optax.sgd, schedule),
+    client,
+    {"dense1": {k: jnp.full(v.shape, drift) for k, v in start.items()}}
+    if drift
+    else None,
+  )
+  assert result.steps == steps
   for name in here:
     np.testing.assert_allclose(
       result.update["dense1"][name],
@@ -111,7 +126,7 @@ def test_gradient_equals_numpy(client):
   params = small.model().init(jax.random.key(0))["dense1"]
   here = {k: np.asarray(v, np.float64) for k, v in params.items()}
   grad, loss = _gradient(here, x[rows], np.asarray(data.y)[rows])
-  result = _run(local.gradient(small.model(), 0.5, _schedule()), client)
+  result = _run(local.gradient(small.model(), _schedule()), client)
   for name in grad:
     np.testing.assert_allclose(
       result.update["dense1"][name], 0.5 * grad[name], atol=1e-6
@@ -125,14 +140,12 @@ def test_padding_changes_nothing(kind):
   def run(extra):
     schedule = _schedule(max_examples=10 + extra)
     training = {
-      "sgd": lambda: local.sgd(small.model(), optax.sgd(0.5), schedule),
-      "momentum": lambda: local.sgd(
-        small.model(), optax.sgd(0.5, momentum=0.9), schedule
-      ),
-      "gradient": lambda: local.gradient(small.model(), 0.5, schedule),
+      "sgd": lambda: local.sgd(small.model(), optax.sgd, schedule),
+      "momentum": lambda: local.sgd(small.model(), MOMENTUM, schedule),
+      "gradient": lambda: local.gradient(small.model(), schedule),
     }[kind]()
     params = small.model().init(jax.random.key(0))
-    sides = jax.jit(jax.vmap(training, (None, None, 0, 0, None)))
+    sides = jax.jit(jax.vmap(training, (None, None, 0, 0, None, None)))
     ids = np.array([1, 9])
     return sides(
       params,
@@ -140,6 +153,7 @@ def test_padding_changes_nothing(kind):
       jnp.asarray(small.OFFSETS[ids], jnp.int32),
       jnp.asarray(small.SIZES[ids], jnp.int32),
       KEY,
+      RATE,
     )
 
   # Client 1 has one example: beside client 9 it waits for three more steps an
@@ -148,11 +162,9 @@ def test_padding_changes_nothing(kind):
     run(0),
     _run(
       {
-        "sgd": lambda: local.sgd(small.model(), optax.sgd(0.5), _schedule()),
-        "momentum": lambda: local.sgd(
-          small.model(), optax.sgd(0.5, momentum=0.9), _schedule()
-        ),
-        "gradient": lambda: local.gradient(small.model(), 0.5, _schedule()),
+        "sgd": lambda: local.sgd(small.model(), optax.sgd, _schedule()),
+        "momentum": lambda: local.sgd(small.model(), MOMENTUM, _schedule()),
+        "gradient": lambda: local.gradient(small.model(), _schedule()),
       }[kind](),
       1,
     ),
@@ -163,10 +175,10 @@ def test_padding_changes_nothing(kind):
 
 def test_a_client_without_examples_sends_zero():
   schedule = _schedule()
-  training = local.sgd(small.model(), optax.sgd(0.5), schedule)
+  training = local.sgd(small.model(), optax.sgd, schedule)
   params = small.model().init(jax.random.key(0))
   result = jax.jit(training)(
-    params, small.examples(), jnp.int32(0), jnp.int32(0), KEY
+    params, small.examples(), jnp.int32(0), jnp.int32(0), KEY, RATE
   )
   for leaf in jax.tree.leaves(result.update):
     assert not np.any(leaf)
