@@ -192,12 +192,18 @@ def _train(
       (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
     )
     states = store.gather(held, cohort.client_id)
+    variates = _watched_rows(states.variate, cohort, ids)
     if round_fn is None:
-      lowered = jax.jit(algorithm.round).lower(state, states, examples, *args)
-      round_fn = lowered.compile()
+      # The state's buffers become the next state's: whoever needs what was
+      # before the round has taken it by now.
+      round_fn = (
+        jax.jit(algorithm.round, donate_argnums=(0, 1))
+        .lower(state, states, examples, *args)
+        .compile()
+      )
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
-    state, new_states, aux = round_fn(state, states, examples, *args)
+    state, states, aux = round_fn(state, states, examples, *args)
     clients = jax.device_get(aux.clients)
     if (ids >= 0).any():
       seen = _keep(
@@ -209,12 +215,12 @@ def _train(
         ids,
         args[-1],
         aux,
-        states.variate,
+        variates,
         round_number,
       )
       observations.store(run_dir, seen)
       kept += seen
-    held = store.scatter(held, cohort.client_id, new_states)
+    held = store.scatter(held, cohort.client_id, states)
     test = progress.test
     if round_number % config.eval_every == 0 or round_number == config.rounds:
       test = np.asarray(evaluate(state.params), np.float64)
@@ -271,6 +277,18 @@ def _train(
   return entry, kept
 
 
+def _watched_rows(
+  states: PyTree, cohort: Cohort, ids: np.ndarray
+) -> dict[int, PyTree]:
+  """The watched clients' rows of the cohort's states, on the host."""
+  return {
+    int(cohort.client_id[place]): jax.tree.map(
+      lambda leaf: np.asarray(leaf[place]), states
+    )
+    for place in np.flatnonzero(np.isin(cohort.client_id, ids))
+  }
+
+
 def _keep(
   config: Config,
   built: setting.Setting,
@@ -280,12 +298,12 @@ def _keep(
   ids: np.ndarray,
   key: jax.Array,
   aux: RoundAux,
-  variates: PyTree,
+  variates: dict[int, PyTree],
   round_number: int,
 ) -> list[observations.Watched]:
   """What the server keeps of the watched clients whose updates arrived.
 
-  `variates` are the cohort's, from before the round.
+  `variates` are their own control variates from before the round.
   """
   sent, payloads = jax.device_get((aux.broadcast, aux.payloads))
   arrived = np.asarray(aux.clients.arrived)
@@ -315,10 +333,7 @@ def _keep(
         learning_rate=float(sent.learning_rate),
         variates=None
         if config.algorithm != "scaffold"
-        else (
-          sent.variate,
-          jax.device_get(jax.tree.map(lambda leaf: leaf[place], variates)),
-        ),
+        else (sent.variate, variates[client]),
       )
     )
   return kept

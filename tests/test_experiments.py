@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -186,6 +187,52 @@ def test_attack_task_inverts_given_images(tmp_path):
     "blind",
     "adaptive",
   }
+
+
+def test_a_run_compiles_the_round_once(tmp_path, monkeypatch):
+  """Whoever drops out, is sampled, or how much they hold; and nothing later."""
+  compiled, finished = [], [0]
+
+  class Listener(logging.Handler):
+    def emit(self, record):
+      match = re.match(
+        r"Finished XLA compilation of (\S+)", record.getMessage()
+      )
+      if match:
+        compiled.append((finished[0], match[1]))
+
+  real = folder.append_line
+
+  def append(path, value):
+    real(path, value)
+    finished[0] = value["round"]
+
+  monkeypatch.setattr(folder, "append_line", append)
+  listener = Listener()
+  logger = logging.getLogger("jax._src.dispatch")
+  logger.addHandler(listener)
+  try:
+    with jax.log_compiles():
+      status = execute(
+        *SMALL,
+        "--rounds=7",
+        "--eval_every=2",
+        "--checkpoint_every=2",
+        "--dropout=0.4",
+        "--plan=chunk(size=4)",
+        "--algorithm=scaffold",
+        "--client_lr_schedule=step(at=(3,5))",
+        "--server_optimizer=adam",
+        f"--output_dir={tmp_path / 'run'}",
+      )
+  finally:
+    logger.removeHandler(listener)
+  assert status == 0
+  rounds = [name for _, name in compiled if name == "jit(round)"]
+  assert len(rounds) == 1, compiled
+  # Evaluation and checkpoint come first in round 2; the report is last.
+  late = [entry for entry in compiled if 2 <= entry[0] < 7]
+  assert late == []
 
 
 def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
