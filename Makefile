@@ -31,15 +31,25 @@ lint: setup
 typecheck: setup
 	$(BIN)/mypy
 
-# One environment for each peer that the benchmarks run beside us.
-PEERS ?= qwix torch breaching
-bench-peers:
-	for peer in $(PEERS); do \
-	  test -x .venv-peers/$$peer/bin/python || \
-	    $(PYTHON) -m venv .venv-peers/$$peer; \
-	  .venv-peers/$$peer/bin/python -m pip install --quiet \
-	    --disable-pip-version-check numpy $$peer; \
-	done
+# One environment for each peer that the benchmarks run beside us, at the
+# versions of the published tables. fedjax runs with no later jax or numpy.
+PEERS ?= qwix torch breaching fedjax pfl flower
+qwix_packages := qwix==0.1.8
+torch_packages := torch==2.14.1
+breaching_packages := breaching==0.1.2
+fedjax_packages := fedjax==0.0.17 jax==0.4.33 jaxlib==0.4.33 \
+  dm-haiku==0.0.13 "numpy<2.3"
+pfl_packages := pfl==0.6.0 torch==2.14.1
+flower_packages := "flwr[simulation]==1.42.0" torch==2.14.1
+PEER_ENVIRONMENTS := $(PEERS:%=.venv-peers/%/.installed)
+
+bench-peers: $(PEER_ENVIRONMENTS)
+
+.venv-peers/%/.installed:
+	test -x .venv-peers/$*/bin/python || $(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet \
+	  --disable-pip-version-check numpy $($*_packages)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

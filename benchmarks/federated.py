@@ -1,0 +1,405 @@
+"""How many clients a second a round of federated averaging trains.
+
+    python -m benchmarks.federated --model=lenet_zhu --clients=100 --rounds=5 \
+      --peers=fedjax,pfl,flower,torch --json=FILE
+
+The work: clients of 64 images of 28x28x1, batches of 16, one epoch of SGD at
+rate 0.05, the mean of the clients' weights, float32. Every system runs in a
+process of its own, peers in environments of their own (`make bench-peers`), one
+after the other and over again (`--repeats`), so that a busy machine slows all
+of them; the best round of a system after its first counts. The weights that a
+system has after its first round must be those of the same round in NumPy and
+float64: all start from the same weights and visit the same batches there, so
+that nobody is faster by doing less.
+
+Our row runs what `experiments.main` runs: the engine under `--plan` on
+`--devices` devices, per-client randomness, reports and the float32 codec
+included. `matmul_peak_gflops` is the best of NumPy's and JAX's square float32
+product in this run, on all cores; `peak_rss_mb` sums over a system's processes.
+"""
+
+import argparse
+from collections.abc import Iterator
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks import federated_task
+
+PEERS = ("fedjax", "pfl", "flower", "torch")
+TOLERANCE = 1e-3
+Row = dict[str, Any]
+
+
+def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
+  """The package's engine, as `experiments.main` sets it up."""
+  from mpqfl_jax import host
+
+  host.tune()
+  import jax
+
+  jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count())
+  import optax
+
+  from mpqfl_jax import (
+    aggregate,
+    client_state,
+    engine,
+    federated,
+    local,
+    models,
+    precision,
+    transforms,
+  )
+  from mpqfl_jax.types import Cohort, Examples
+
+  task = np.load(folder / "task.npz")
+  clients, size = task["y"].shape
+  plan = engine.plan(args.plan, jax.default_backend())
+  mesh = engine.mesh(args.devices)
+  net = models.make(
+    args.model,
+    task["x"].shape[2:],
+    federated_task.CLASSES,
+    np.zeros(1),
+    np.ones(1),
+    plan.conv,
+  )
+  params: dict[str, dict[str, np.ndarray]] = {}
+  for name in task.files:
+    if "/" in name:
+      layer, leaf = name.split("/")
+      params.setdefault(layer, {})[leaf] = task[name]
+  schedule = local.Schedule(federated_task.BATCH, size)
+  codec, transform = precision.make("none", params), transforms.identity()
+  client = federated.client(
+    local.sgd(net, optax.sgd, schedule), transform, codec
+  )
+  algorithm = federated.federated(
+    net,
+    client,
+    codec,
+    federated.server_optimizer("sgd"),
+    federated.Rates(lambda _: federated_task.LEARNING_RATE, lambda _: 1.0),
+    aggregate.make("mean"),
+    clients * size,
+    plan,
+    mesh,
+  )
+  ids = np.arange(clients, dtype=np.int32)
+  sizes = np.full(clients, size, np.int32)
+  first = jax.random.key(0)
+
+  # The program shuffles. A client's list of examples is permuted the other way
+  # round, so that in the checked round it meets them in the task's order.
+  @jax.jit
+  @jax.vmap
+  def visited(client, offset):
+    key = federated.client_keys(first, client).batches
+    order = jax.numpy.arange(clients * size)
+    steps = size // federated_task.BATCH
+    return schedule.rows(key, offset, jax.numpy.int32(size), order, steps)[0]
+
+  order = np.empty(clients * size, np.int32)
+  rows = np.asarray(visited(ids, size * ids)).ravel()
+  order[rows] = np.arange(clients * size)
+  x = task["x"].reshape(-1, *task["x"].shape[2:])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  examples, cohort, watched = jax.device_put(
+    (
+      Examples._make((x, task["y"].ravel(), order)),
+      Cohort._make((ids, size * ids, sizes)),
+      np.full(1, -1, np.int32),
+    ),
+    whole,
+  )
+  state = algorithm.init(first)._replace(params=params)
+  store = client_state.on_device(client.init(params), clients)
+  state, held = jax.device_put((state, store.init()), whole)
+  # As there, the state's buffers become the next state's.
+  round_fn = jax.jit(algorithm.round, donate_argnums=(0, 1))
+  seconds, weights = [], {}
+  for number in range(args.rounds + 1):
+    began = time.perf_counter()
+    key = first if number == 0 else jax.random.fold_in(first, number)
+    key = jax.device_put(key, whole)
+    states = store.gather(held, cohort.client_id)
+    state, states, aux = round_fn(state, states, examples, cohort, watched, key)
+    jax.device_get(aux.clients)
+    held = store.scatter(held, cohort.client_id, states)
+    jax.block_until_ready(state)
+    seconds.append(time.perf_counter() - began)
+    if number == 0:
+      weights = {
+        f"{layer}/{leaf}": np.array(value)
+        for layer, leaves in state.params.items()
+        for leaf, value in leaves.items()
+      }
+  np.savez(folder / "answer.npz", **weights)  # type: ignore[arg-type]
+  from importlib import metadata
+
+  versions = [
+    f"{name} {metadata.version(name)}" for name in ("mpqfl_jax", "jax")
+  ]
+  answer = {
+    "seconds": seconds,
+    "plan": f"{plan.name}, {plan.conv}, {mesh.devices.size} devices",
+    "version": ", ".join(versions),
+  }
+  (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def peak(folder: pathlib.Path) -> None:
+  """The fastest float32 matrix product of NumPy and of JAX, all cores."""
+  import jax
+
+  best = 0.0
+  for side in (1024, 2048, 4096):
+    a = np.random.default_rng(0).random((side, side), np.float32)
+    on_device, product = jax.numpy.asarray(a), jax.jit(lambda a: a @ a)
+    for run in (
+      lambda a=a: a @ a,
+      lambda f=product, a=on_device: jax.block_until_ready(f(a)),
+    ):
+      run()
+      for _ in range(5):
+        began = time.perf_counter()
+        run()
+        best = max(best, 2 * side**3 / (time.perf_counter() - began) / 1e9)
+  (folder / "peak.json").write_text(json.dumps(best))
+
+
+def _tree(root: int) -> Iterator[int]:
+  """A process and all that descend from it."""
+  children: dict[int, list[int]] = {}
+  for entry in pathlib.Path("/proc").iterdir():
+    if entry.name.isdigit():
+      try:
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
+      except OSError:
+        continue
+      children.setdefault(int(fields[1]), []).append(int(entry.name))
+  found = [root]
+  for process in found:
+    found += children.get(process, [])
+  return iter(found)
+
+
+def _resident_mb(root: int) -> float:
+  pages = 0
+  for process in _tree(root):
+    try:
+      pages += int(
+        pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]
+      )
+    except OSError:
+      continue
+  return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def launch(command: list[str], env: dict[str, str]) -> float:
+  """Runs a command to its end; its processes' peak memory, MB."""
+  process = subprocess.Popen(
+    command,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  most = 0.0
+  ended = threading.Event()
+
+  def watch():
+    nonlocal most
+    while not ended.wait(0.5):
+      most = max(most, _resident_mb(process.pid))
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  output = process.communicate()[0]
+  ended.set()
+  watcher.join()
+  if process.returncode:
+    raise SystemExit(f"{command[:3]} failed:\n{output[-4000:]}")
+  return most
+
+
+def command(
+  args: argparse.Namespace, system: str, plan: str, folder: pathlib.Path
+) -> tuple[list[str], dict[str, str]]:
+  """How a system is started, and its environment."""
+  env = dict(os.environ)
+  shared = [str(folder), f"--model={args.model}", f"--rounds={args.rounds}"]
+  if system not in PEERS:
+    own = [sys.executable, "-m", "benchmarks.federated", f"--worker={system}"]
+    own += [f"--folder={shared[0]}", *shared[1:], f"--plan={plan}"]
+    return own + ([f"--devices={args.devices}"] if args.devices else []), env
+  binaries = args.peers_dir / system / "bin"
+  if not (binaries / "python").exists():
+    raise SystemExit(f"no {binaries / 'python'}: run `make bench-peers` first")
+  script = str(pathlib.Path(__file__).with_name("federated_peers.py"))
+  start = [str(binaries / "python"), script]
+  if system == "pfl":
+    env["OMP_NUM_THREADS"] = "1"
+    count = os.cpu_count() or 1
+    start = [str(binaries / "torchrun"), f"--nproc_per_node={count}", script]
+  return [*start, system, *shared], env
+
+
+def run(
+  args: argparse.Namespace,
+  system: str,
+  plan: str,
+  folder: pathlib.Path,
+  want: federated_task.Arrays,
+) -> Row:
+  """One turn of a system: its row, the weights of its first round checked."""
+  resident = launch(*command(args, system, plan, folder))
+  answer = json.loads((folder / "answer.json").read_text())
+  found = np.load(folder / "answer.npz")
+  error = federated_task.error(np.load(folder / "task.npz"), found, want)
+  if not error < TOLERANCE:
+    raise SystemExit(
+      f"{system} did other work: its update after a round is off by"
+      f" {error:.2g} of its length"
+    )
+  return {
+    "system": system,
+    "version": answer["version"],
+    "model": args.model,
+    "clients": args.clients,
+    "plan": answer["plan"],
+    "seconds": answer["seconds"][1:],
+    "first_round_seconds": answer["seconds"][0],
+    "peak_rss_mb": resident,
+    "update_error": error,
+  }
+
+
+def merge(rows: list[Row], peak_gflops: float) -> list[Row]:
+  """One row a system and plan, from all its turns."""
+  found: dict[tuple[str, str], list[Row]] = {}
+  for row in rows:
+    found.setdefault((row["system"], row["plan"]), []).append(row)
+  merged = []
+  for turns in found.values():
+    seconds = [s for turn in turns for s in turn["seconds"]]
+    best = min(seconds)
+    model, clients = turns[0]["model"], turns[0]["clients"]
+    flops = federated_task.flops_per_client(model)
+    merged.append(
+      {
+        **{k: turns[0][k] for k in ("system", "version", "model", "clients")},
+        "plan": turns[0]["plan"],
+        "seconds_per_round": best,
+        "seconds_per_round_median": statistics.median(seconds),
+        "timed_rounds": len(seconds),
+        "client_updates_per_second": clients / best,
+        "gflops": clients / best * flops / 1e9,
+        "matmul_peak_gflops": peak_gflops,
+        "peak_rss_mb": min(turn["peak_rss_mb"] for turn in turns),
+        "first_round_seconds": min(t["first_round_seconds"] for t in turns),
+        "update_error": max(turn["update_error"] for turn in turns),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+      }
+    )
+  return merged
+
+
+def _cpu() -> str:
+  for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+    if line.startswith("model name"):
+      return line.partition(":")[2].strip()
+  return "unknown"
+
+
+def print_table(rows: list[Row]) -> None:
+  """Prints rates, and the share of the matrix product's."""
+  print(
+    f"{'system':10} {'plan':32} {'updates/s':>9} {'median':>8} {'GFLOP/s':>8}"
+    f" {'of peak':>7} {'RSS, MB':>8} {'first, s':>8} {'error':>8}"
+  )
+  for row in rows:
+    median = row["clients"] / row["seconds_per_round_median"]
+    print(
+      f"{row['system']:10} {row['plan']:32}"
+      f" {row['client_updates_per_second']:9.1f} {median:8.1f}"
+      f" {row['gflops']:8.1f} {row['gflops'] / row['matmul_peak_gflops']:7.0%}"
+      f" {row['peak_rss_mb']:8.0f} {row['first_round_seconds']:8.2f}"
+      f" {row['update_error']:8.1e}"
+    )
+  print(f"float32 matrix product: {rows[0]['matmul_peak_gflops']:.0f} GFLOP/s")
+
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  models = tuple(federated_task.ARCHITECTURES)
+  parser.add_argument("--model", choices=models, default="lenet_zhu")
+  parser.add_argument("--clients", type=int, default=100)
+  parser.add_argument("--rounds", type=int, default=5, help="timed, a turn")
+  parser.add_argument("--repeats", type=int, default=1, help="turns")
+  parser.add_argument("--plan", default="auto", help="ours; several by commas")
+  parser.add_argument("--devices", type=int, help="ours; default one a core")
+  parser.add_argument("--peers", default="", help=f"of {', '.join(PEERS)}")
+  parser.add_argument("--json", default="", help="file to write")
+  parser.add_argument(
+    "--peers_dir", type=pathlib.Path, default=pathlib.Path(".venv-peers")
+  )
+  parser.add_argument("--worker", help=argparse.SUPPRESS)
+  parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  args.peers = [peer for peer in args.peers.split(",") if peer]
+  for peer in args.peers:
+    if peer not in PEERS:
+      parser.error(f"unknown peer {peer!r}: expected {', '.join(PEERS)}")
+  return args
+
+
+def main() -> None:
+  """Runs the benchmark."""
+  args = _parse()
+  if args.worker:
+    if args.worker == "peak":
+      peak(args.folder)
+    else:
+      ours(args, args.folder)
+    return
+  rows, peaks = [], []
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    task = federated_task.make(args.model, args.clients)
+    np.savez(folder / "task.npz", **task)  # type: ignore[arg-type]
+    want = federated_task.expected(args.model, task)
+    del task
+    for _ in range(args.repeats):
+      launch(*command(args, "peak", "", folder))
+      peaks.append(json.loads((folder / "peak.json").read_text()))
+      for plan in specs_of(args.plan):
+        rows.append(run(args, "mpqfl_jax", plan, folder, want))
+      for peer in args.peers:
+        rows.append(run(args, peer, "", folder, want))
+  rows = merge(rows, max(peaks))
+  print_table(rows)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def specs_of(plans: str) -> list[str]:
+  """The plans named by the flag; their arguments may hold commas."""
+  from mpqfl_jax import specs
+
+  return list(specs.split(plans))
+
+
+if __name__ == "__main__":
+  main()
