@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import errors, layers
+from mpqfl_jax import errors, layers, pooling
 from mpqfl_jax.types import Array, Model
 
 
@@ -24,9 +24,37 @@ def _uniform(bound: float) -> Callable:
   return init
 
 
+class _Block(nn.Module):
+  """Convolution, pooling, bias and activation; parameters as `nn.Conv`'s."""
+
+  features: int
+  kernel_size: tuple[int, int]
+  conv: str
+  activation: Callable
+  strides: tuple[int, int] = (1, 1)
+  padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME"
+  pool: int = 1
+  kernel_init: Callable = nn.initializers.lecun_normal()
+  bias_init: Callable = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (*self.kernel_size, x.shape[-1], self.features)
+    return layers.block(
+      self.conv,
+      x,
+      self.param("kernel", self.kernel_init, shape),
+      self.param("bias", self.bias_init, (self.features,)),
+      self.strides,
+      self.padding,
+      self.activation,
+      self.pool,
+    )
+
+
 class _MLP(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
   hidden: Sequence[int] = (200, 200)
 
   @nn.compact
@@ -39,23 +67,23 @@ class _MLP(nn.Module):
 
 class _LeNetZhu(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
 
   @nn.compact
   def __call__(self, x):
     init = _uniform(0.5)
     for i, stride in enumerate((2, 2, 1)):
-      x = nn.Conv(
+      x = _Block(
         12,
         (5, 5),
+        self.conv,
+        nn.sigmoid,
         (stride, stride),
-        padding=((2, 2), (2, 2)),
+        ((2, 2), (2, 2)),
         kernel_init=init,
         bias_init=init,
-        conv_general_dilated=self.conv,
         name=f"conv{i + 1}",
       )(x)
-      x = nn.sigmoid(x)
     x = x.reshape(x.shape[0], -1)
     return nn.Dense(
       self.classes, kernel_init=init, bias_init=init, name="dense1"
@@ -64,15 +92,14 @@ class _LeNetZhu(nn.Module):
 
 class _CNN(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
 
   @nn.compact
   def __call__(self, x):
     for i, width in enumerate((32, 64)):
-      x = nn.Conv(
-        width, (5, 5), conv_general_dilated=self.conv, name=f"conv{i + 1}"
+      x = _Block(
+        width, (5, 5), self.conv, nn.relu, pool=2, name=f"conv{i + 1}"
       )(x)
-      x = layers.max_pool(nn.relu(x), 2)
     x = x.reshape(x.shape[0], -1)
     x = nn.relu(nn.Dense(512, name="dense1")(x))
     return nn.Dense(self.classes, name="dense2")(x)
@@ -100,7 +127,7 @@ def _torch_uniform(fan_in: int) -> Callable:
 
 class _ConvNet(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
   width: int = 64
 
   @nn.compact
@@ -112,12 +139,12 @@ class _ConvNet(nn.Module):
         (3, 3),
         kernel_init=init,
         bias_init=init,
-        conv_general_dilated=self.conv,
+        conv_general_dilated=layers.convolution(self.conv),
         name=f"conv{i + 1}",
       )(x)
       x = nn.relu(_Affine(name=f"conv{i + 1}_norm")(x))
       if i in (5, 7):
-        x = layers.max_pool(x, 3)
+        x = pooling.max_pool(x, 3)
     x = x.reshape(x.shape[0], -1)
     init = _torch_uniform(x.shape[-1])
     return nn.Dense(
@@ -127,7 +154,7 @@ class _ConvNet(nn.Module):
 
 class _ResNet(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
   blocks: Sequence[int]
   width: int
 
@@ -144,7 +171,7 @@ class _ResNet(nn.Module):
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
         kernel_init=he,
-        conv_general_dilated=self.conv,
+        conv_general_dilated=layers.convolution(self.conv),
         name=name,
       )(x)
       return _Affine(name=f"{name}_norm")(x)
@@ -183,7 +210,7 @@ CNN6_SLOPE = 0.2
 
 class _CNN6(nn.Module):
   classes: int
-  conv: Callable
+  conv: str
 
   @nn.compact
   def __call__(self, x):
@@ -195,7 +222,7 @@ class _CNN6(nn.Module):
         padding=((pad, pad), (pad, pad)),
         use_bias=False,
         kernel_init=_torch_uniform(size * size * x.shape[-1]),
-        conv_general_dilated=self.conv,
+        conv_general_dilated=layers.convolution(self.conv),
         name=f"conv{i + 1}",
       )(x)
       x = nn.leaky_relu(x, CNN6_SLOPE)
@@ -253,7 +280,9 @@ def make(
   """
   if name not in MODELS:
     raise errors.unknown_name("model", name, MODELS)
-  module = MODELS[name][0](classes=num_classes, conv=layers.convolution(conv))
+  if conv not in layers.FORMS:
+    raise errors.unknown_name("convolution form", conv, layers.FORMS)
+  module = MODELS[name][0](classes=num_classes, conv=conv)
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
   @jax.jit

@@ -1,7 +1,9 @@
 """Every form of convolution equals XLA's, with first and second derivatives."""
 
 import functools
+import re
 
+from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -98,12 +100,88 @@ def test_what_a_form_does_not_cover_goes_to_xla(form):
   assert dilated.shape == (2, 9, 11, 6)
 
 
-def test_max_pool_equals_reduce_window():
-  x = jax.random.normal(jax.random.key(0), (2, 7, 9, 3))
-  want = lax.reduce_window(
-    x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+def _hlo_convolutions(fn, *args):
+  text = jax.jit(fn).lower(*args).as_text()
+  groups = re.findall(r"feature_group_count = (\d+)", text)
+  groups += re.findall(r"batch_group_count = (\d+)", text)
+  return [int(g) for g in groups]
+
+
+@pytest.mark.parametrize("form", ["canonical", "planes", "slices"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
+  net = nn.Conv(channels, (3, 3), conv_general_dilated=layers.convolution(form))
+  x = jnp.zeros((5, 2, 8, 8, channels))
+  variables = jax.vmap(lambda k: net.init(k, x[0]))(
+    jax.random.split(jax.random.key(0), 5)
   )
-  np.testing.assert_array_equal(layers.max_pool(x, 2), want)
+
+  def loss(variables, x):
+    return jnp.sum(net.apply(variables, x) ** 2)
+
+  grads = jax.vmap(jax.grad(loss, (0, 1)))
+  assert set(_hlo_convolutions(grads, variables, x)) <= {1}
+  plain = nn.Conv(channels, (3, 3))
+
+  def plain_loss(variables, x):
+    return jnp.sum(plain.apply(variables, x) ** 2)
+
+  plain_grads = jax.vmap(jax.grad(plain_loss, (0, 1)))
+  assert max(_hlo_convolutions(plain_grads, variables, x)) > 1
+  _assert_close(jax.jit(grads)(variables, x), plain_grads(variables, x))
+
+
+@pytest.mark.parametrize("form", ["canonical", "planes"])
+def test_derivatives_commute_with_vmap_and_with_each_other(form):
+  conv, want = layers.convolution(form), lax.conv_general_dilated
+  x, w = _arrays(3, 4, (3, 2))
+  xs, ws = jnp.stack([x, -x]), jnp.stack([w, 2 * w])
+
+  def loss(conv):
+    def fn(x, w):
+      y = conv(x, w, (2, 1), "SAME", dimension_numbers=_NHWC)
+      return jnp.sum(jnp.tanh(y))
+
+    return fn
+
+  def cases(fn):
+    both = jax.vmap(fn)
+    return (
+      jax.vmap(jax.grad(fn), (0, None))(xs, w),
+      jax.vmap(jax.grad(fn, 1), (0, None))(xs, w),
+      jax.vmap(jax.grad(fn), (None, 0))(x, ws),
+      jax.vmap(jax.vmap(fn, (0, None)), (None, 0))(xs, ws),
+      jax.grad(lambda x, w: jnp.sum(both(x, w)), (0, 1))(xs, ws),
+      jax.jvp(jax.grad(fn, (0, 1)), (x, w), (x, w))[1],
+      jax.jvp(lambda w: jax.linearize(fn, x, w)[1](x, w), (w,), (w,))[1],
+    )
+
+  got = jax.jit(lambda: cases(loss(conv)))()
+  _assert_close(got, jax.jit(lambda: cases(loss(want)))())
+
+
+@pytest.mark.parametrize("form", list(layers.FORMS))
+@pytest.mark.parametrize("channels", [2, 20])
+def test_block_equals_flax(form, channels):
+  x = jax.random.normal(jax.random.key(0), (2, 8, 8, channels))
+  w = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
+  bias = jnp.linspace(-1, 1, channels)
+
+  def ours(w, bias):
+    y = layers.block(
+      form, x, w, bias, (1, 1), ((1, 1), (1, 1)), nn.sigmoid, pool=2
+    )
+    return jnp.sum(y**2), y
+
+  def theirs(w, bias):
+    y = lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=_NHWC)
+    y = nn.max_pool(nn.sigmoid(y + bias), (2, 2), (2, 2))
+    return jnp.sum(y**2), y
+
+  def both(fn):
+    return jax.jit(jax.grad(fn, (0, 1), has_aux=True))(w, bias)
+
+  _assert_close(both(ours), both(theirs))
 
 
 def test_unknown_form_names_the_nearest():
