@@ -58,8 +58,8 @@ def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   """Packs codes into bytes.
 
   Args:
-    codes: [count] integers from 0, below `levels`; or [2, count / 2] with the
-      same entries, where count is a multiple of 8.
+    codes: [count] integers from 0, below `levels`; or the same entries as
+      [2, n, ...] with n a multiple of 4, which compiles to better loops.
     levels: how many different codes there are, 2 to 65536.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
 
@@ -77,9 +77,10 @@ def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   if planes == 1:
     return codes.astype(xp.uint8)
   run = -(-codes.shape[0] // planes)
-  if halves.ndim == 2 and planes % 2 == 0:
-    # Splitting rows keeps a compiler from computing entries' positions afresh.
-    cut = halves.reshape(2, planes // 2, run)
+  if halves.ndim > 1 and planes % 2 == 0:
+    # The shape of what is inside a run stays: no position is computed afresh.
+    rows = halves.shape[1] // (planes // 2)
+    cut = halves.reshape(2, planes // 2, rows, *halves.shape[2:])
     runs = [cut[i, j] for i in range(2) for j in range(planes // 2)]
   else:
     codes = xp.pad(codes, (0, run * planes - codes.shape[0]))
@@ -98,7 +99,8 @@ def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
       if -width < i * width - 8 * byte < 8
     ]
     # One narrowing at the end: loops over one width of number are faster.
-    packed.append(functools.reduce(operator.or_, parts).astype(xp.uint8))
+    value = functools.reduce(operator.or_, parts).astype(xp.uint8)
+    packed.append(value.reshape(-1))
   return packed[0] if group == 1 else xp.concatenate(packed)
 
 

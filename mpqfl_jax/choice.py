@@ -123,10 +123,9 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   Returns:
     The payload of `leaf`.
   """
-  whole, draw = codecs.whole_leaf(x.size)
-  x = jnp.asarray(x, jnp.float32).reshape(whole)
+  x = jnp.asarray(x, jnp.float32).reshape(codecs.halved(x.size))
   stochastic = menu.rounding == "stochastic"
-  uniform = draw(seed) if stochastic else None
+  uniform = codecs.draws(seed, x.shape) if stochastic else None
   kind, low, levels = (
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
   )

@@ -204,7 +204,7 @@ class Blocks(NamedTuple):
 
   Attributes:
     number: how many blocks there are.
-    axis: axis of the cut array that runs along a block, None for all of it.
+    axis: axes of the cut array that run along a block, None for all of it.
     sizes: entries of each block, padding not counted; broadcasts against the
       cut array.
     cut: [shape] or [entries] -> cut array.
@@ -216,7 +216,7 @@ class Blocks(NamedTuple):
   """
 
   number: int
-  axis: int | None
+  axis: int | tuple[int, ...] | None
   sizes: np.ndarray
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]
@@ -231,57 +231,72 @@ class Blocks(NamedTuple):
     entries = math.prod(shape)
     if granularity == "channel" and len(shape) > 1:
       channels = shape[-1]
+      cut = halved(entries // channels, channels)
+      axis = tuple(range(len(cut) - 1))
+      side = (*[1] * len(axis), channels)
       return cls(
         number=channels,
-        axis=0,
-        sizes=np.full((1, channels), entries // channels, np.float32),
-        cut=lambda x: x.reshape(-1, channels),
-        cut_extremes=lambda extremes: extremes,
-        uniform=lambda seed: counter.uniform(
-          seed, (entries // channels, channels)
-        ),
-        flat=lambda y: y.reshape(-1),
+        axis=axis,
+        sizes=np.full(side, entries // channels, np.float32),
+        cut=lambda x: x.reshape(cut),
+        cut_extremes=lambda extremes: extremes.reshape(2, *side[1:]),
+        uniform=lambda seed: draws(seed, cut),
+        flat=lambda y: flat(y, entries),
         join=lambda y: y.reshape(shape),
-        spread=lambda side: side.reshape(1, channels),
+        spread=lambda sent: sent.reshape(side),
       )
     if isinstance(granularity, int) and granularity < entries:
       rows = -(-entries // granularity)
       padding = rows * granularity - entries
-      sizes = np.full((rows, 1), granularity, np.float32)
+      cut = halved(rows, granularity) if padding == 0 else (rows, granularity)
+      side = (*cut[:-1], 1)
+      sizes = np.full(rows, granularity, np.float32)
       sizes[-1] -= padding
       return cls(
         number=rows,
-        axis=1,
-        sizes=sizes,
-        cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(rows, -1),
-        cut_extremes=lambda extremes: extremes.T,
-        uniform=lambda seed: counter.uniform(seed, (rows, granularity)),
-        flat=lambda y: y.reshape(-1)[:entries],
+        axis=len(cut) - 1,
+        sizes=sizes.reshape(side),
+        cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(cut),
+        cut_extremes=lambda extremes: extremes.T.reshape(*cut[:-1], 2),
+        uniform=lambda seed: draws(seed, cut),
+        flat=lambda y: flat(y, entries),
         join=lambda y: y.reshape(-1)[:entries].reshape(shape),
-        spread=lambda side: side.reshape(rows, 1),
+        spread=lambda sent: sent.reshape(side),
       )
-    whole, draw = whole_leaf(entries)
+    cut = halved(entries)
     return cls(
       number=1,
       axis=None,
       sizes=np.full((1,), entries, np.float32),
-      cut=lambda x: x.reshape(whole),
+      cut=lambda x: x.reshape(cut),
       cut_extremes=lambda extremes: extremes.reshape(-1),
-      uniform=draw,
-      flat=lambda y: y,
+      uniform=lambda seed: draws(seed, cut),
+      flat=lambda y: flat(y, entries),
       join=lambda y: y.reshape(shape),
-      spread=lambda side: side.reshape(1),
+      spread=lambda sent: sent.reshape(1),
     )
 
 
-def whole_leaf(entries: int) -> tuple[Shape, Callable[[Array], Array]]:
-  """Shape in which a leaf is quantised as one block, and its draws by seed.
+def halved(lead: int, *rest: int) -> Shape:
+  """[lead, *rest], as two halves where `bitpack` packs them without padding."""
+  return (2, lead // 2, *rest) if lead % 8 == 0 else (lead, *rest)
 
-  Two rows where they pack without padding: both draw from the same hashes.
-  """
-  if entries % 8:
-    return (entries,), lambda seed: counter.uniform(seed, (entries,))
-  return (2, entries // 2), lambda seed: counter.uniform_halves(seed, entries)
+
+def draws(seed: Array, cut: Shape) -> Array:
+  """Draws for the rounding of an array of a shape from `halved`."""
+  if not is_halved(cut):
+    return counter.uniform(seed, cut)
+  return counter.uniform_halves(seed, math.prod(cut)).reshape(cut)
+
+
+def flat(codes: Array, entries: int) -> Array:
+  """Codes as `bitpack.pack` takes them, from a shape of `halved`."""
+  return codes if is_halved(codes.shape) else codes.reshape(-1)[:entries]
+
+
+def is_halved(cut: Shape) -> bool:
+  """Whether a shape of `halved` consists of two halves."""
+  return len(cut) > 1 and cut[0] == 2 and cut[1] % 4 == 0
 
 
 def float32(shape: Shape) -> LeafCodec:

@@ -236,7 +236,7 @@ def _linear(
   def encode(y, side, uniform):
     grid = grid_of(side)
     if rounding == "dither":
-      steps = jnp.round(y / grid.scale + (uniform - 0.5))
+      steps = jnp.round(y * (1 / grid.scale) + (uniform - 0.5))
       return quantize.to_codes(steps, grid)
     return quantize.quantize(y, grid, uniform, wide=levels > 256)
 
@@ -304,7 +304,9 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
 
   def encode(y, side, uniform):
     y = quantize.finite(y)
-    value = quantize.to_format(y / side["scale"] if scaled else y, fmt, uniform)
+    if scaled:
+      y = y * (1 / side["scale"])
+    value = quantize.to_format(y, fmt, uniform)
     return jax.lax.bitcast_convert_type(value, code_type)
 
   def unscaled(codes):
@@ -440,7 +442,18 @@ def nf4() -> Numerics:
 
   def encode(y, side, uniform):
     unit = quantize.finite(y) / side["scale"]
-    return sum((unit > edge).astype(jnp.int32) for edge in middle)
+    # A binary search, from the highest bit of the code down.
+    found: list[Array] = []
+    for bit in (8, 4, 2, 1):
+      edge = list(middle[bit - 1 :: 2 * bit])
+      for above in reversed(found):
+        pairs = zip(edge[1::2], edge[::2], strict=True)
+        edge = [jnp.where(above, one, zero) for one, zero in pairs]
+      found.append(unit > edge[0])
+    return sum(
+      above.astype(jnp.int32) << place
+      for above, place in zip(found, (3, 2, 1, 0), strict=True)
+    )
 
   def decode(codes, side, uniform):
     # A tree of selections; gathers are scalar code on a CPU.
