@@ -292,7 +292,7 @@ def _attack(
     batch,
     setting.key(config, setting.ATTACKS),
     restarts=restarts,
-    devices=list(built.mesh.devices.flat),
+    devices=list(built.mesh.local_devices),
   )
   lines: list[dict[str, Any]] = []
   kept: dict[int, list[tuple]] = {}

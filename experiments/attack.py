@@ -110,7 +110,13 @@ def _updates(
     who = Cohort(jnp.int32(client), jnp.int32(offset), jnp.int32(size))
     out = turn(sent, examples, who, state, key)
     rows = observations.visited(
-      built.schedule, examples, key, client, offset, size, shape
+      built.schedule,
+      np.arange(len(order)),
+      key,
+      client,
+      offset,
+      size,
+      shape,
     )
     kept.append(
       observations.Watched(

@@ -10,6 +10,7 @@ from absl import flags
 from mpqfl_jax import (
   aggregate,
   datasets,
+  distributed,
   errors,
   federated,
   models,
@@ -138,7 +139,21 @@ def _define() -> None:
     "plan", "auto", "How a cohort is executed: auto, loop, vmap, chunk(size=8)."
   )
   f.DEFINE_integer(
-    "devices", None, "Devices used; default all, on a CPU one a core.", 1
+    "devices",
+    None,
+    "Devices used of each process; default all, on a CPU one a core.",
+    1,
+  )
+  f.DEFINE_string(
+    "coordinator_address",
+    None,
+    "Several processes: host:port of process 0, the same for all; auto on a TPU"
+    " slice, under Slurm or Open MPI.",
+  )
+  f.DEFINE_integer("num_processes", None, "Processes of the run.", 1)
+  f.DEFINE_integer("process_id", None, "This process, from 0.", 0)
+  f.DEFINE_integer(
+    "join_seconds", 120, "How long a process waits for the others.", 1
   )
 
 
@@ -189,6 +204,9 @@ class Config:
   labels_known: bool
   plan: str
   devices: int | None
+  coordinator_address: str | None
+  num_processes: int | None
+  process_id: int | None
 
 
 def from_flags(values: flags.FlagValues) -> Config:
@@ -269,6 +287,9 @@ def _check(config: Config) -> None:
     raise errors.UserError(
       "--overwrite and --resume contradict each other. Expected one of them."
     )
+  distributed.check_flags(
+    config.coordinator_address, config.num_processes, config.process_id
+  )
   if config.task == "train":
     if config.cohort_size > config.num_clients:
       raise errors.UserError(
@@ -282,6 +303,11 @@ def _check(config: Config) -> None:
         f"--attack_rounds names round {late[0]}, but rounds go from 1 to"
         f" --rounds={config.rounds}."
       )
+  elif config.coordinator_address is not None:
+    raise errors.UserError(
+      "--task=attack runs in one process. Expected no --coordinator_address,"
+      " --num_processes and --process_id with it."
+    )
   elif not config.attack:
     raise errors.UserError(
       "--task=attack needs --attack. Expected one or more of"

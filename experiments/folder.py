@@ -29,6 +29,11 @@ _FREE = (
   "host",
   "data_dir",
   "dataset_source",
+  # How processes share the devices does not matter, `mesh_devices` does.
+  "devices",
+  "coordinator_address",
+  "num_processes",
+  "process_id",
 )
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 import jax
 
 from experiments import adversary, attack, config, folder, setting, train
-from mpqfl_jax import errors, host
+from mpqfl_jax import distributed, errors, host
 from mpqfl_jax.report import html, tables
 
 _TASKS = {"train": train.run, "attack": attack.run}
@@ -22,37 +23,71 @@ def main(argv: list[str]) -> int:
   Returns:
     The exit status: 2 for a user's mistake, 130 after an interrupt.
   """
-  # Libraries report every checkpoint at the level of information.
-  if flags.FLAGS["verbosity"].using_default_value:
-    logging.set_verbosity(logging.WARNING)
   host.tune()
   # Before JAX looks for its devices: on a CPU, one device a core.
   jax.config.update(
     "jax_num_cpu_devices", flags.FLAGS.devices or os.cpu_count()
   )
+  if flags.FLAGS.coordinator_address is not None:
+    return _execute_together(argv)
   return execute(argv)
 
 
 def execute(argv: list[str]) -> int:
   """Runs the task on the devices that JAX has; see `main`."""
   try:
-    if len(argv) > 1:
-      raise errors.UserError(
-        f"unexpected argument {argv[1]!r}. Expected flags only, such as"
-        " --dataset=mnist_sample."
-      )
-    run(config.from_flags(flags.FLAGS))
-  except errors.UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(
-      "interrupted: every finished round and reconstruction is in"
-      f" {flags.FLAGS.output_dir}",
-      file=sys.stderr,
-    )
-    return 130
+    run(_config(argv))
+  except (errors.UserError, KeyboardInterrupt) as e:
+    status, line = _explain(e)
+    print(line, file=sys.stderr)
+    return status
   return 0
+
+
+def _execute_together(argv: list[str]) -> int:
+  """As `execute`, in one of several processes."""
+  group = None
+  try:
+    values = _config(argv)
+    group = distributed.join(
+      values.coordinator_address,
+      values.num_processes,
+      values.process_id,
+      flags.FLAGS.join_seconds,
+      "Start all processes again with --resume to go on from the newest"
+      f" checkpoint in {values.output_dir}.",
+    )
+    run(values)
+  except (errors.UserError, KeyboardInterrupt) as e:
+    status, line = _explain(e)
+    print(line, file=sys.stderr)
+    distributed.leave(group, status, line.removeprefix("error: "))
+  except Exception as e:
+    if isinstance(e, jax.errors.JaxRuntimeError) and group is not None:
+      group.wait_for_verdict()
+    traceback.print_exc()
+    distributed.leave(group, 1, f"{type(e).__name__}: {e}")
+  group.finish()
+  return 0
+
+
+def _config(argv: list[str]) -> config.Config:
+  if len(argv) > 1:
+    raise errors.UserError(
+      f"unexpected argument {argv[1]!r}. Expected flags only, such as"
+      " --dataset=mnist_sample."
+    )
+  return config.from_flags(flags.FLAGS)
+
+
+def _explain(e: errors.UserError | KeyboardInterrupt) -> tuple[int, str]:
+  """The exit status, and the one line for it."""
+  if isinstance(e, errors.UserError):
+    return 2, f"error: {e}"
+  return 130, (
+    "interrupted: every finished round and reconstruction is in"
+    f" {flags.FLAGS.output_dir}"
+  )
 
 
 def run(values: config.Config) -> pathlib.Path:
@@ -67,24 +102,44 @@ def run(values: config.Config) -> pathlib.Path:
   Raises:
     UserError: a mistake, found before the folder is made.
   """
-  built = setting.build(values)
-  adversary.check(values, built, _SHAPES[values.task](values, built))
-  run_dir = folder.create(
-    values.output_dir,
+  environment = folder.environment()
+  distributed.agree(
+    "config",
     {
       **dataclasses.asdict(values),
-      "plan_resolved": built.plan._asdict(),
-      # Sums are in another order on another number of devices.
-      "mesh_devices": built.mesh.devices.size,
-      "dataset_source": built.data.source,
-      "parameters": sum(leaf.size for leaf in jax.tree.leaves(built.template)),
-      "command": sys.argv[1:],
-      **folder.environment(),
+      "process_id": None,
+      "output_dir": None,
+      "data_dir": None,
+      **environment["versions"],
+      "commit": environment["commit"],
     },
-    values.overwrite,
-    values.resume,
   )
+  built = setting.build(values)
+  if jax.process_count() > 1:
+    distributed.agree("data", setting.digests(built))
+  adversary.check(values, built, _SHAPES[values.task](values, built))
+  run_dir = pathlib.Path(values.output_dir)
+  if distributed.is_main():
+    folder.create(
+      values.output_dir,
+      {
+        **dataclasses.asdict(values),
+        "plan_resolved": built.plan._asdict(),
+        # Sums are in another order on another number of devices.
+        "mesh_devices": built.mesh.devices.size,
+        "dataset_source": built.data.source,
+        "parameters": sum(
+          leaf.size for leaf in jax.tree.leaves(built.template)
+        ),
+        "command": sys.argv[1:],
+        **environment,
+      },
+      values.overwrite,
+      values.resume,
+    )
   summary = _TASKS[values.task](values, built, run_dir)
+  if not distributed.is_main():
+    return run_dir
   folder.write_json(run_dir / "summary.json", summary)
   page = html.write(run_dir)
   print(f"{tables.markdown(summary)}\nThe report is {page}")
@@ -94,11 +149,16 @@ def run(values: config.Config) -> pathlib.Path:
 def _parse(argv: list[str]) -> list[str]:
   """absl's parser, with its errors as one line and status 2."""
   try:
-    return flags.FLAGS(argv)
+    left = flags.FLAGS(argv)
   except flags.Error as e:
     text = " ".join(str(e).split())
     print(f"error: {text} --helpshort lists the flags.", file=sys.stderr)
     sys.exit(2)
+  # Libraries report every checkpoint at the level of information, which absl
+  # sets after parsing where no other is given.
+  if flags.FLAGS["verbosity"].using_default_value:
+    flags.FLAGS.verbosity = logging.WARNING
+  return left
 
 
 def _main() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import folder
 from mpqfl_jax import federated, local
 from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Examples, Params
+from mpqfl_jax.types import Params
 
 
 class Watched(NamedTuple):
@@ -48,21 +48,31 @@ class Watched(NamedTuple):
 
 def visited(
   schedule: local.Schedule,
-  examples: Examples,
+  order: np.ndarray,
   round_key,
   client: int,
   offset: int,
   size: int,
   shape: tuple[int, int],
 ) -> np.ndarray:
-  """Rows of the training set that a client's update is made of, in order."""
+  """Rows of the training set that a client's update is made of, in order.
+
+  Args:
+    schedule: how it went through its examples.
+    order: [examples], the population's, see `Examples.order`.
+    round_key: the round's.
+    client: its id.
+    offset: where its part of `order` starts.
+    size: its number of examples.
+    shape: (local steps, images in each).
+  """
   batches = federated.client_keys(round_key, client).batches
   # A gradient over all of the client's data is one step of many batches.
   rows, mask = schedule.rows(
     batches,
     jnp.int32(offset),
     jnp.int32(size),
-    examples.order,
+    jnp.asarray(order, jnp.int32),
     -(-shape[0] * shape[1] // schedule.batch_size),
   )
   return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]

@@ -1,5 +1,6 @@
 """Builds what a config asks for: data, clients, model, training, defences."""
 
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -180,6 +181,24 @@ def protocol_of(
     sizes=clients.sizes,
     schedule=schedule,
   )
+
+
+def digests(built: Setting) -> dict[str, str]:
+  """What the processes of a run must hold alike: name -> SHA-256."""
+
+  def digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+      found.update(f"{array.dtype}{array.shape}".encode())
+      found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+  data = built.data
+  return {
+    "training set": digest(np.asarray(data.x_train), data.y_train),
+    "test set": digest(np.asarray(data.x_test), data.y_test),
+    "partition": digest(built.clients.order, built.clients.offsets),
+  }
 
 
 def _downlink(config: Config, template: Params) -> Codec:

@@ -16,8 +16,10 @@ from mpqfl_jax import (
   accounting,
   checkpoint,
   client_state,
+  distributed,
   engine,
   federated,
+  sharding,
 )
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples, PyTree, RoundAux
@@ -32,14 +34,14 @@ def run(
     config: the run's.
     built: what its defences share.
     run_dir: the run's folder; every finished round's metrics are in it at any
-      time.
+      time. Of several processes only the main one touches it, and attacks.
 
   Returns:
-    What `summary.json` holds.
+    What `summary.json` holds; the main process's has the attacks.
   """
   begin = time.perf_counter()
   data = built.data
-  examples = jax.device_put(
+  examples = sharding.put(
     Examples._make(
       (
         np.asarray(data.x_train),
@@ -47,7 +49,7 @@ def run(
         built.clients.order.astype(np.int32),
       )
     ),
-    jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec()),
+    built.mesh,
   )
   evaluate = engine.evaluate(
     built.model, built.mesh, np.asarray(data.x_test), data.y_test
@@ -58,7 +60,10 @@ def run(
     entry, kept = _train(config, built, defense, examples, evaluate, run_dir)
     entries[defense.spec] = entry
     watched.extend(kept)
-  found, references = adversary.attack_all(config, built, watched, run_dir)
+  found: dict[str, dict[str, Any]] = {}
+  references: dict[str, Any] = {}
+  if distributed.is_main():
+    found, references = adversary.attack_all(config, built, watched, run_dir)
   for spec, entry in entries.items():
     entry["attacks"] = found.get(spec, {})
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
@@ -159,20 +164,28 @@ def _train(
     np.zeros((), np.int64),
     np.full(2, np.nan),
   )
-  done = 0
-  restored = checkpoint.restore_latest(place, progress, tqdm.tqdm.write)
-  if restored is not None:
-    done, progress = restored
-  folder.keep_lines(
-    run_dir / "metrics.jsonl",
-    lambda line: line["defense"] != defense.spec or line["round"] <= done,
+  done, kept, finished = 0, [], place / "result.json"
+  main, entry = distributed.is_main(), {}
+  if main:
+    restored = checkpoint.restore_latest(place, progress, tqdm.tqdm.write)
+    if restored is not None:
+      done, progress = restored
+    folder.keep_lines(
+      run_dir / "metrics.jsonl",
+      lambda line: line["defense"] != defense.spec or line["round"] <= done,
+    )
+    kept = observations.load(run_dir, defense, done, built.template)
+    if finished.is_file() and done == config.rounds:
+      entry = json.loads(finished.read_text())
+  # The folder may be on the main process's disk alone.
+  start_round, ready, progress = sharding.from_main(
+    (np.int64(done), np.bool_(entry), progress)
   )
-  kept = observations.load(run_dir, defense, done, built.template)
-  finished = place / "result.json"
-  if finished.is_file() and done == config.rounds:
-    return json.loads(finished.read_text()), kept
+  done = int(start_round)
+  if ready:
+    return entry, kept
+  state, held = sharding.put((progress.state, progress.clients), built.mesh)
   whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
-  state, held = jax.device_put((progress.state, progress.clients), whole)
   rounds_key = setting.key(config, setting.ROUNDS)
   round_fn, compile_seconds = None, 0.0
   begin = time.perf_counter()
@@ -182,41 +195,31 @@ def _train(
     initial=done,
     total=config.rounds,
     unit="round",
-    disable=None,
+    disable=None if main else True,
   )
   for round_number in bar:
     start = time.perf_counter()
     cohort = sample(config, built, round_number)
     ids = choose_watched(config, built, cohort, round_number)
-    args = jax.device_put(
-      (cohort, ids, jax.random.fold_in(rounds_key, round_number)), whole
-    )
+    key = jax.random.fold_in(rounds_key, round_number)
+    args = sharding.put((cohort, ids, key), built.mesh)
     states = store.gather(held, cohort.client_id)
     variates = _watched_rows(states.variate, cohort, ids)
     if round_fn is None:
       # The state's buffers become the next state's: whoever needs what was
-      # before the round has taken it by now.
-      round_fn = (
-        jax.jit(algorithm.round, donate_argnums=(0, 1))
-        .lower(state, states, examples, *args)
-        .compile()
+      # before the round has taken it by now. What comes out is whole on every
+      # device, so that each process can read what it needs.
+      step = jax.jit(
+        algorithm.round, donate_argnums=(0, 1), out_shardings=whole
       )
+      round_fn = step.lower(state, states, examples, *args).compile()
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
     state, states, aux = round_fn(state, states, examples, *args)
     clients = jax.device_get(aux.clients)
-    if (ids >= 0).any():
+    if main and (ids >= 0).any():
       seen = _keep(
-        config,
-        built,
-        defense,
-        examples,
-        cohort,
-        ids,
-        args[-1],
-        aux,
-        variates,
-        round_number,
+        config, built, defense, cohort, ids, key, aux, variates, round_number
       )
       observations.store(run_dir, seen)
       kept += seen
@@ -232,6 +235,8 @@ def _train(
     ledger = accounting.Ledger(round_number, progress.participations)
     epsilon = defense.epsilon(ledger, config.delta)
     bar.set_postfix(summary.postfix(test[1], epsilon))
+    if not main:
+      continue
     weight = cohort.size * clients.accepted
     folder.append_line(
       run_dir / "metrics.jsonl",
@@ -273,7 +278,8 @@ def _train(
     "seconds": time.perf_counter() - begin - compile_seconds,
     "compile_seconds": compile_seconds,
   }
-  folder.write_json(finished, entry)
+  if main:
+    folder.write_json(finished, entry)
   return entry, kept
 
 
@@ -293,7 +299,6 @@ def _keep(
   config: Config,
   built: setting.Setting,
   defense: Defense,
-  examples: Examples,
   cohort: Cohort,
   ids: np.ndarray,
   key: jax.Array,
@@ -317,7 +322,7 @@ def _keep(
     shape = setting.update_shape(config, built.schedule, size)
     assert shape is not None  # choose_watched picked it
     rows = observations.visited(
-      built.schedule, examples, key, client, offset, size, shape
+      built.schedule, built.clients.order, key, client, offset, size, shape
     )
     payload = jax.tree.map(lambda leaf: leaf[slot], payloads)
     kept.append(

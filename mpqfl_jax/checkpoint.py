@@ -40,7 +40,7 @@ def save(folder: pathlib.Path, step: int, tree: PyTree, keep: int = 2) -> None:
     keep: how many stay.
   """
   tree = _on_host(tree)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _checkpointer() as checkpointer:
     checkpointer.save(
       folder.resolve() / f"step_{step:08d}",
       {"tree": tree, "sha256": _digest(tree)},
@@ -77,7 +77,7 @@ def restore_latest(
 
 def _restore(path: pathlib.Path, like: PyTree) -> PyTree:
   target = {"tree": like, "sha256": _digest(like)}
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _checkpointer() as checkpointer:
     found = checkpointer.restore(path.resolve(), target)
   tree = jax.tree.map(
     lambda want, got: np.asarray(got, want.dtype), like, found["tree"]
@@ -88,6 +88,17 @@ def _restore(path: pathlib.Path, like: PyTree) -> PyTree:
   if not np.array_equal(_digest(tree), np.asarray(found["sha256"])):
     raise DamagedError("its arrays do not have the digest they were saved with")
   return tree
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+  """Orbax's, waiting for no other process: what is saved is on this host."""
+  mine = jax.process_index()
+  return ocp.StandardCheckpointer(
+    multiprocessing_options=ocp.options.MultiprocessingOptions(
+      primary_host=mine,
+      active_processes={mine} if jax.process_count() > 1 else None,
+    )
+  )
 
 
 def _on_host(tree: PyTree) -> PyTree:

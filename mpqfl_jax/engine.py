@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from mpqfl_jax import aggregate, errors, specs
+from mpqfl_jax import aggregate, errors, sharding, specs
 from mpqfl_jax.types import (
   Array,
   Cohort,
@@ -98,19 +98,24 @@ def mesh(num_devices: int | None = None) -> Mesh:
   """A one-dimensional mesh named `clients` over the first devices.
 
   Args:
-    num_devices: how many; all of them where None.
+    num_devices: how many of each process; all of them where None.
 
   Raises:
     UserError: there are not that many.
   """
-  devices = jax.devices()
-  count = len(devices) if num_devices is None else num_devices
-  if not 1 <= count <= len(devices):
+  mine = jax.local_devices()
+  if num_devices is not None and not 1 <= num_devices <= len(mine):
     raise errors.UserError(
-      f"--devices={count}, but this machine has {len(devices)} "
-      f"{devices[0].platform} device(s). Expected 1 to {len(devices)}."
+      f"--devices={num_devices}, but this machine has {len(mine)} "
+      f"{mine[0].platform} device(s). Expected 1 to {len(mine)}."
     )
-  return Mesh(np.array(devices[:count]), (AXIS,))
+  # Process by process, so that a client's place does not depend on how many
+  # processes share the devices.
+  by_process: dict[int, list] = {}
+  for device in sorted(jax.devices(), key=lambda d: (d.process_index, d.id)):
+    by_process.setdefault(device.process_index, []).append(device)
+  devices = [d for some in by_process.values() for d in some[:num_devices]]
+  return Mesh(np.array(devices), (AXIS,))
 
 
 class ClientOutput(NamedTuple):
@@ -265,7 +270,9 @@ def run_cohort(
       lambda leaf: leaf.reshape(count, *leaf.shape[1 + int(size > 1) :]),
       per_client,
     )
-    mean = aggregate.mean(lax.psum(total, AXIS), lax.psum(total_weight, AXIS))
+    mean = aggregate.mean(
+      *sharding.ordered_sum((total, total_weight), AXIS, mesh.devices.size)
+    )
     # A client runs on one device: everywhere else its slot is zero, so that a
     # sum of bits hands the payload over exactly.
     slots = jax.tree.map(_psum_bits, slots)
@@ -360,7 +367,7 @@ def evaluate(model, mesh: Mesh, x: np.ndarray, y: np.ndarray) -> Callable:
     lambda leaf: leaf.reshape(blocks, batch, *leaf.shape[1:]), (x, y, mask)
   )
   split = PartitionSpec(AXIS)
-  data = jax.device_put(data, jax.sharding.NamedSharding(mesh, split))
+  data = sharding.put(data, mesh, split)
 
   def on_device(params, data):
     def block(carry, xym):
@@ -373,7 +380,8 @@ def evaluate(model, mesh: Mesh, x: np.ndarray, y: np.ndarray) -> Callable:
       return carry + sums, None
 
     sums, _ = lax.scan(block, jnp.zeros(2), data)
-    return lax.psum(sums, AXIS) / jnp.float32(len(x) - fill)
+    sums = sharding.ordered_sum(sums, AXIS, mesh.devices.size)
+    return sums / jnp.float32(len(x) - fill)
 
   sharded = jax.jit(
     jax.shard_map(
