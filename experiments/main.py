@@ -157,7 +157,7 @@ def _parse(argv: list[str]) -> list[str]:
   # Libraries report every checkpoint at the level of information, which absl
   # sets after parsing where no other is given.
   if flags.FLAGS["verbosity"].using_default_value:
-    flags.FLAGS.verbosity = logging.WARNING
+    flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
   return left
 
 

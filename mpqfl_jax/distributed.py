@@ -259,7 +259,9 @@ class Group:
     A collective fails at once where another process dies, long before it is
     certain which. Returns only where all of them are alive.
     """
-    time.sleep(_GONE_SECONDS + 3 * _BEAT_SECONDS)
+    time.sleep(_GONE_SECONDS + 6 * _BEAT_SECONDS)
+    with self._ending:  # which whoever stops the process holds for good
+      return
 
   def fail(self, status: int, reason: str) -> NoReturn:
     """Ends this process after an error of its own, and tells the others.
