@@ -37,7 +37,7 @@ def run(
       time. Of several processes only the main one touches it, and attacks.
 
   Returns:
-    What `summary.json` holds; the main process's has the attacks.
+    What `summary.json` holds, from the main process.
   """
   begin = time.perf_counter()
   data = built.data
@@ -60,10 +60,9 @@ def run(
     entry, kept = _train(config, built, defense, examples, evaluate, run_dir)
     entries[defense.spec] = entry
     watched.extend(kept)
-  found: dict[str, dict[str, Any]] = {}
-  references: dict[str, Any] = {}
-  if distributed.is_main():
-    found, references = adversary.attack_all(config, built, watched, run_dir)
+  if not distributed.is_main():
+    return {}
+  found, references = adversary.attack_all(config, built, watched, run_dir)
   for spec, entry in entries.items():
     entry["attacks"] = found.get(spec, {})
   return summary.of_run(config, entries, references, built.float32_bytes, begin)

@@ -124,6 +124,11 @@ def test_processes_give_the_bits_of_one(count, alone, tmp_path, port):
   assert all(out == err == "" for _, out, err in found[1:])
   config = json.loads((run / "config.json").read_text())
   assert config["num_processes"] == count and config["mesh_devices"] == 8
+  if count == 2:  # a finished run resumes to itself
+    with started([(*c, "--resume") for c in commands]) as processes:
+      found = ends(processes)
+    assert [status for status, *_ in found] == [0] * count, found
+    assert results(run) == results(alone)
 
 
 LONG = (*RUN, "--rounds=60", "--checkpoint_every=5", "--eval_every=20")
