@@ -106,9 +106,9 @@ def join(
     UserError: the others were not found in time. The runtime still waits for
       them in a thread: end the process with `os._exit`.
   """
-  # Ours come first, and say more. Interrupts of the operating system stop the
-  # process as they do without other processes.
-  jax.config.update("jax_enable_preemption_service", False)
+  # It would take the signal to terminate for a notice, and run on.
+  if hasattr(jax.config, "jax_enable_preemption_service"):
+    jax.config.update("jax_enable_preemption_service", False)
   if address != "auto":
     assert address is not None and process_id is not None
     _check_address(address, process_id, seconds)
