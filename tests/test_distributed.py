@@ -25,6 +25,8 @@ RUN = (
 TRAIN = (
   *RUN,
   "--rounds=3",
+  # Its clients have states, which every process needs.
+  "--algorithm=scaffold",
   "--defense=none,int4",
   "--attack=dlg(iterations=1)",
   "--attack_rounds=2",
