@@ -58,6 +58,7 @@ def _execute_together(argv: list[str]) -> int:
       f" checkpoint in {values.output_dir}.",
     )
     run(values)
+    group.finish()
   except (errors.UserError, KeyboardInterrupt) as e:
     status, line = _explain(e)
     print(line, file=sys.stderr)
@@ -66,8 +67,7 @@ def _execute_together(argv: list[str]) -> int:
     if isinstance(e, jax.errors.JaxRuntimeError) and group is not None:
       group.wait_for_verdict()
     traceback.print_exc()
-    distributed.leave(group, 1, f"{type(e).__name__}: {e}")
-  group.finish()
+    distributed.leave(group, 1, " ".join(f"{type(e).__name__}: {e}".split()))
   return 0
 
 

@@ -106,12 +106,14 @@ def join(
     UserError: the others were not found in time. The runtime still waits for
       them in a thread: end the process with `os._exit`.
   """
+  begin = time.monotonic()
   # It would take the signal to terminate for a notice, and run on.
   if hasattr(jax.config, "jax_enable_preemption_service"):
     jax.config.update("jax_enable_preemption_service", False)
   if address != "auto":
     assert address is not None and process_id is not None
     _check_address(address, process_id, seconds)
+  left = max(seconds - (time.monotonic() - begin), 1)
   failure: list[BaseException] = []
 
   def connect():
@@ -130,7 +132,7 @@ def join(
 
   thread = threading.Thread(target=connect, daemon=True)
   thread.start()
-  thread.join(seconds)
+  thread.join(left)
   if failure:
     raise errors.UserError(
       "this process cannot join the others: "
@@ -276,13 +278,9 @@ class Group:
 
   def finish(self) -> None:
     """Ends the common run: waits for the others, however long they take."""
-    try:
-      self._set("end", "")
-      while len(self._get("end")) < self._count:
-        time.sleep(0.2)
-    except RuntimeError:
-      self.wait_for_verdict()
-      raise
+    self._set("end", "")
+    while len(self._get("end")) < self._count:
+      time.sleep(0.2)
     self._finished.set()
     jax.distributed.shutdown()
 
