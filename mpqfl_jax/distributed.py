@@ -130,6 +130,18 @@ def join(
     except Exception as e:
       failure.append(e)
 
+  who = "the others" if not num_processes else f"all {num_processes} processes"
+  late = (
+    f"{who} did not join at --coordinator_address={address} within {seconds} s."
+    " Start each with the same address and number and with another --process_id"
+    " from 0, or wait longer with --join_seconds."
+  )
+
+  def aborted():  # as the runtime does where process 0 gave up before us
+    print(f"error: {late}", file=sys.stderr)
+    _exit(2)
+
+  last_words = _on_abort(aborted)
   thread = threading.Thread(target=connect, daemon=True)
   thread.start()
   thread.join(left)
@@ -139,15 +151,10 @@ def join(
       + " ".join(str(failure[0]).split())
     ) from failure[0]
   if thread.is_alive():
-    who = "the others"
-    if num_processes is not None:
-      who = f"all {num_processes} processes"
-    raise errors.UserError(
-      f"{who} did not join at --coordinator_address={address} within"
-      f" {seconds} s. Start each with the same address and number and with"
-      " another --process_id from 0, or wait longer with --join_seconds."
-    )
-  return Group(advice)
+    raise errors.UserError(late)
+  group = Group(advice)
+  del last_words  # those of the group are in place
+  return group
 
 
 def _check_address(address: str, process_id: int, seconds: int) -> None:
