@@ -18,7 +18,7 @@ from tests.test_experiments import execute, lines
 RUN = (
   "--model=mlp",
   "--num_clients=400",
-  "--cohort_size=10",
+  "--cohort_size=6",
   "--batch_size=4",
   "--size_sigma=1.5",
 )
@@ -27,8 +27,8 @@ TRAIN = (
   "--rounds=3",
   # Its clients have states, which every process needs.
   "--algorithm=scaffold",
-  "--defense=none,int4",
-  "--attack=dlg(iterations=1)",
+  "--defense=int4",
+  "--attack=analytic",
   "--attack_rounds=2",
 )
 
@@ -101,9 +101,9 @@ def results(run: pathlib.Path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-  """One process with eight devices."""
+  """One process with four devices."""
   run = tmp_path_factory.mktemp("alone") / "run"
-  command = (*TRAIN, "--devices=8", f"--output_dir={run}")
+  command = (*TRAIN, "--devices=4", f"--output_dir={run}")
   with started([command]) as processes:
     ((status, _, err),) = ends(processes)
   assert status == 0, err
@@ -115,7 +115,7 @@ def alone(tmp_path_factory):
 def test_processes_give_the_bits_of_one(count, alone, tmp_path, port):
   run = tmp_path / "run"
   commands = together(
-    port, count, *TRAIN, f"--devices={8 // count}", f"--output_dir={run}"
+    port, count, *TRAIN, f"--devices={4 // count}", f"--output_dir={run}"
   )
   with started(commands) as processes:
     found = ends(processes)
@@ -125,7 +125,7 @@ def test_processes_give_the_bits_of_one(count, alone, tmp_path, port):
   assert "The report is" in found[0][1]
   assert all(out == err == "" for _, out, err in found[1:])
   config = json.loads((run / "config.json").read_text())
-  assert config["num_processes"] == count and config["mesh_devices"] == 8
+  assert config["num_processes"] == count and config["mesh_devices"] == 4
   if count == 2:  # a finished run resumes to itself
     with started([(*c, "--resume") for c in commands]) as processes:
       found = ends(processes)
