@@ -4,10 +4,10 @@
     python -m benchmarks.plan --page=docs/scaling.md --federated=FILE.json --sum
 
 The first computes the tables of the plan from formulas, published figures of
-the accelerators and XLA's own count of a client's operations; nothing in it was
-timed. The second also puts in what was measured here: rows of
-`benchmarks.federated --json`, and how long two processes take over gloo to add
-an update over their devices.
+the accelerators and a count of a client's operations; nothing in it was timed.
+The second also puts in what was measured here: rows of `benchmarks.federated`,
+from one JSON file or more, and how long two processes take over gloo to add an
+update over their devices.
 """
 
 import argparse
@@ -22,18 +22,16 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from benchmarks import federated_task
 from mpqfl_jax import distributed, engine, models, sharding, trees
 
 CLIENTS = 1_000_000
 COUNTS = (8, 64)
 UTILISATIONS = (0.02, 0.1, 0.3)
 MODELS = ("lenet_zhu", "cnn")
-# A client's work in benchmarks.federated: 64 images of 28x28, once, by 16s.
-IMAGE, CLASSES, EXAMPLES, BATCH = (28, 28, 1), 10, 64, 16
 # An engine.ClientReport: loss, norm and bytes of 4 each, two flags.
 REPORT_BYTES = 14
 
@@ -80,19 +78,13 @@ class Work(NamedTuple):
 
 
 def work(name: str) -> Work:
-  """Counts a client's operations as XLA does, forward and backward."""
-  mean, std = np.full(IMAGE[-1], 0.5), np.full(IMAGE[-1], 0.5)
-  model = models.make(name, IMAGE, CLASSES, mean, std, "xla")
+  """Counts a client's operations as `benchmarks.federated` does."""
+  mean, std = np.full(1, 0.5), np.full(1, 0.5)
+  side = federated_task.SIDE
+  shape = (side, side, 1)
+  model = models.make(name, shape, federated_task.CLASSES, mean, std, "xla")
   params = jax.eval_shape(model.init, jax.random.key(0))
-
-  def loss(params, x, y):
-    return jnp.mean(models.cross_entropy(model, params, x, y))
-
-  x = jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32)
-  y = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-  cost = jax.jit(jax.grad(loss)).lower(params, x, y).cost_analysis()
-  assert cost is not None
-  return Work(trees.size(params), cost["flops"] * EXAMPLES / BATCH)
+  return Work(trees.size(params), federated_task.flops_per_client(name))
 
 
 class Cost(NamedTuple):
@@ -146,18 +138,21 @@ def plan_table() -> str:
 
 def measured_table(results: Iterable[dict]) -> str:
   """Markdown: rows of `benchmarks.federated --json`, and their utilisation."""
+  ours = [r for r in results if r["system"] == "mpqfl_jax"]
+  hosts = sorted({f"{r['cpu']}, {r['cores']} cores" for r in ours})
   rows = [
+    f"On {'; '.join(hosts)}:",
+    "",
     "| Model | Clients | Plan | Updates a second | Share of the measured matmul"
     " peak | A million clients, minutes |",
     "| :-- | --: | :-- | --: | --: | --: |",
   ]
-  for r in results:
-    if r["system"] == "mpqfl_jax":
-      rate, peak = r["client_updates_per_second"], r["matmul_peak_gflops"]
-      rows.append(
-        f"| {r['model']} | {r['clients']:,} | {r['plan']} | {rate:,.1f} |"
-        f" {r['gflops'] / peak:.0%} | {CLIENTS / rate / 60:,.0f} |"
-      )
+  for r in ours:
+    rate, peak = r["client_updates_per_second"], r["matmul_peak_gflops"]
+    rows.append(
+      f"| {r['model']} | {r['clients']:,} | {r['plan']} | {rate:,.1f} |"
+      f" {r['gflops'] / peak:.0%} | {CLIENTS / rate / 60:,.0f} |"
+    )
   return "\n".join(rows)
 
 
@@ -250,7 +245,11 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--page", type=pathlib.Path, help="page to change")
   parser.add_argument(
-    "--federated", type=pathlib.Path, help="JSON of benchmarks.federated"
+    "--federated",
+    type=pathlib.Path,
+    nargs="+",
+    default=[],
+    help="JSON files of benchmarks.federated",
   )
   parser.add_argument("--sum", action="store_true", help="time sums over gloo")
   parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -261,7 +260,8 @@ def main() -> None:
     return
   blocks = {"plan": plan_table()}
   if flags.federated:
-    blocks["measured"] = measured_table(json.loads(flags.federated.read_text()))
+    files = [json.loads(path.read_text()) for path in flags.federated]
+    blocks["measured"] = measured_table(row for rows in files for row in rows)
   if flags.sum:
     blocks["sum"] = sum_table(_sum_in_two())
   for text in blocks.values():

@@ -32,7 +32,7 @@ def variables() -> dict[str, str]:
   What the user has set already (`XLA_FLAGS` with a vector width, any variable
   of glibc's allocator) is left alone.
   """
-  wanted = {}
+  wanted: dict[str, str] = {}
   if not any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
     wanted |= {name: str(value) for name, _, value in _ALLOCATOR}
   flags = os.environ.get("XLA_FLAGS", "")

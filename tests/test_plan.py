@@ -2,7 +2,6 @@
 
 import pathlib
 
-import numpy as np
 import pytest
 
 from benchmarks import plan
@@ -10,21 +9,13 @@ from benchmarks import plan
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
 
 
-def test_operations_equal_a_count_by_hand():
-  """The FedAvg CNN: products that no padding takes part in, two or three times.
-
-  A row of `n` pixels under 5 taps with padding 2 meets 5 n - 6 pixels. The
-  images need no gradient.
-  """
-  first = (5 * 28 - 6) ** 2 * 1 * 32 * 2
-  second = (5 * 14 - 6) ** 2 * 32 * 64 * 3
-  dense = (7 * 7 * 64 * 512 + 512 * 10) * 3
+def test_the_work_is_the_papers_cnn():
   work = plan.work("cnn")
-  assert work.parameters == 1_663_370
-  # The rest is biases, pooling and the softmax: below 2%.
-  np.testing.assert_allclose(
-    work.flops, 2 * 64 * (first + second + dense), rtol=0.02
-  )
+  assert work.parameters == 1_663_370  # McMahan et al. 2017, section 3
+  # Products by hand; the first layer has no gradient to hand on.
+  first, second = 28 * 28 * 25 * 32, 14 * 14 * 25 * 32 * 64
+  dense = 7 * 7 * 64 * 512 + 512 * 10
+  assert work.flops == 2 * 64 * (2 * first + 3 * second + 3 * dense)
 
 
 def test_cost_by_hand():
@@ -49,9 +40,12 @@ def test_measured_rows_are_ours_alone():
     "client_updates_per_second": 100.0,
     "gflops": 50.0,
     "matmul_peak_gflops": 200.0,
+    "cpu": "a processor",
+    "cores": 2,
   }
   table = plan.measured_table([row, {**row, "system": "pfl"}])
-  (line,) = table.splitlines()[2:]
+  assert table.startswith("On a processor, 2 cores:\n")
+  (line,) = table.splitlines()[4:]
   assert line == "| cnn | 1,000 | loop | 100.0 | 25% | 167 |"
 
 
