@@ -28,7 +28,8 @@ TRAIN = (
   # Its clients have states, which every process needs.
   "--algorithm=scaffold",
   "--defense=int4",
-  "--attack=analytic",
+  "--attack=dlg(iterations=1)",
+  "--attack_clients=1",
   "--attack_rounds=2",
 )
 
