@@ -35,8 +35,8 @@ def is_finite(update: Update) -> Array:
   A client whose training diverged takes no part in the mean and is counted as
   rejected.
   """
-  # Zero times anything finite is zero, and NaN otherwise. A sum of floats is one
-  # vectorised pass; XLA:CPU writes out the booleans of a conjunction, and then
+  # Zero times what is finite is zero, and NaN otherwise. A sum of floats is one
+  # vectorised pass; XLA:CPU writes out the booleans of a conjunction and then
   # reduces them one by one.
   sums = [jnp.sum(0.0 * leaf) for leaf in jax.tree.leaves(update)]
   return jnp.stack(sums).sum() == 0
