@@ -24,11 +24,13 @@ from mpqfl_jax import (
   budget,
   choice,
   codecs,
+  entropy,
   errors,
   numerics,
   rotation,
   sparsify,
   trees,
+  wire,
 )
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.types import Codec, Key, Params, PyTree, Update
@@ -292,7 +294,8 @@ def make(name: str, params: Params, **options: Any) -> Codec:
   Args:
     name: a name in `CODECS`, or the path of a policy file (`.toml`).
     params: parameters of the model, or a tree of `jax.ShapeDtypeStruct`.
-    **options: of that codec; `error_feedback=True` with any.
+    **options: of that codec; with any, `error_feedback=True` and
+      `entropy="zstd"` or `"zstd(level=9)"`.
 
   Returns:
     The codec.
@@ -302,6 +305,7 @@ def make(name: str, params: Params, **options: Any) -> Codec:
       model.
   """
   feedback = options.pop("error_feedback", False)
+  coding = entropy.make(options.pop("entropy", "none"))
   if name in CODECS:
     build = CODECS[name][1]
     _check_options(name, build, options)
@@ -319,7 +323,9 @@ def make(name: str, params: Params, **options: Any) -> Codec:
     )
   if not isinstance(feedback, bool):
     raise UserError(f"error_feedback={feedback!r}: expected true or false.")
-  return codecs.error_feedback(codec) if feedback else codec
+  if feedback:
+    codec = codecs.error_feedback(codec)
+  return codec if coding is None else entropy.coded(codec, coding)
 
 
 def table(
@@ -357,8 +363,11 @@ def table(
     rows.append(
       (record.path, x.size, record.rule, record.num_bytes, energy, lost)
     )
-  total = len(codec.pack(payload))
-  rows.append(("message", trees.size(update), "", total, signal, noise))
+  message = codec.pack(payload)
+  coding = "entropy coded" if wire.is_coded(message) else ""
+  rows.append(
+    ("message", trees.size(update), coding, len(message), signal, noise)
+  )
   lines = [header]
   for path, count, rule, size, energy, lost in rows:
     bits = 8 * size / count if count else 0.0
@@ -459,7 +468,7 @@ def _check_options(
   for option in options:
     if option not in names:
       raise errors.unknown_name(
-        f"option of {name}", option, [*names, "error_feedback"]
+        f"option of {name}", option, [*names, "error_feedback", "entropy"]
       )
   for p in known:
     if p.default is inspect.Parameter.empty and p.name not in options:
