@@ -47,6 +47,9 @@ CODECS = (
   "mixed_random",
 )
 REPETITIONS = 5
+# Number of codes of those that keep one of at most 8 bits an entry.
+LEVELS = {f"int{bits}": 2**bits - 1 for bits in (2, 3, 4, 6, 8)}
+LEVELS |= {"sign": 2, "ternary": 3, "nf4": 16, "qsgd": 15, "float8": 256}
 
 
 def client_update(model: str, images: int = 64) -> Update:
@@ -60,7 +63,7 @@ def client_update(model: str, images: int = 64) -> Update:
   shape = (*data.x_train.shape[1:3], data.x_train.shape[3])
   net = models.make(model, shape, len(data.class_names), data.mean, data.std)
   schedule = local.Schedule(batch_size=16, max_examples=images)
-  train = jax.jit(local.sgd(net, optax.sgd(0.05), schedule))
+  train = jax.jit(local.sgd(net, optax.sgd, schedule))
   examples = Examples(
     jnp.asarray(data.x_train[:images]),
     jnp.asarray(data.y_train[:images], jnp.int32),
@@ -68,7 +71,8 @@ def client_update(model: str, images: int = 64) -> Update:
   )
   params = net.init(jax.random.key(0))
   place = jnp.int32(0), jnp.int32(images)
-  return train(params, examples, *place, jax.random.key(1)).update
+  key, rate = jax.random.key(1), jnp.float32(0.05)
+  return train(params, examples, *place, key, rate).update
 
 
 def best_ms(fn: Callable[[], Any]) -> float:
@@ -119,10 +123,7 @@ def of_largest_leaf(
     after coding. Empty for codecs that do not keep one code of at most 8 bits
     an entry.
   """
-  levels = {
-    **{f"int{b}": 2**b - 1 for b in (2, 3, 4, 6, 8)},
-    **dict(sign=2, ternary=3, nf4=16, qsgd=15, float8=256),
-  }.get(name)
+  levels = LEVELS.get(name)
   if levels is None:
     return {}
   levels += options.get("mode") == "affine"
