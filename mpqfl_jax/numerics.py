@@ -89,6 +89,12 @@ def integer(
   require_choice("mode", mode, MODES)
   require_choice("rounding", rounding, ROUNDINGS)
   name = f"int{bits} {mode} {rounding}"
+  if bits == 1 and (mode == "symmetric" or rounding != "nearest"):
+    raise UserError(
+      f"{name}: one bit has no such grid (a symmetric one has only the code 0)."
+      " Expected mode=affine with rounding=nearest, or the codec sign, which"
+      " sends signs and a scale."
+    )
   if mode == "symmetric":
     require_range("bits", bits, 2, 16)
     high = 2 ** (bits - 1) - 1
@@ -101,7 +107,7 @@ def integer(
       fit=lambda y, axis, sizes: quantize.symmetric_grid(y, axis, high),
       power_of_two=power_of_two,
     )
-  require_range("bits", bits, 1 if rounding == "nearest" else 2, 16)
+  require_range("bits", bits, 1, 16)
   if power_of_two:
     raise UserError("power_of_two=True: expected mode='symmetric'.")
   low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

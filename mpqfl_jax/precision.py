@@ -263,7 +263,12 @@ def paper(params: Params) -> Codec:
 
 
 def mixed_random(params: Params, rounding: str = "nearest") -> Codec:
-  """Every leaf's precision and mode drawn anew for each round and client."""
+  """Every leaf's precision and mode drawn anew for each round and client.
+
+  The server always knows the draw: it is on the wire, as it must be for whoever
+  decodes a single update. A blind attacker ignores it, an adaptive one does
+  not.
+  """
   menu = choice.menu(MIXED_OPTIONS, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
   leaves = [choice.leaf(shape, menu) for shape in shapes]
