@@ -1,4 +1,4 @@
-"""Which codec each layer gets: rules by path, named policies, policy files.
+"""Which codec each layer gets: leaf codecs and whole policies by name.
 
 >>> import jax.numpy as jnp
 >>> params = {"conv1": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.ones(8)}}
@@ -9,13 +9,10 @@ True
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import fnmatch
 import glob
 import inspect
 import pathlib
-import re
-import tomllib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,30 +24,17 @@ from mpqfl_jax import (
   entropy,
   errors,
   numerics,
+  policy,
   rotation,
   sparsify,
   trees,
   wire,
 )
 from mpqfl_jax.errors import UserError
+from mpqfl_jax.policy import QuantRule
 from mpqfl_jax.types import Codec, Key, Params, PyTree, Update
 
 Granularity = str | int
-
-
-class QuantRule(NamedTuple):
-  """How the leaves that a pattern matches are sent.
-
-  Attributes:
-    path: a shell pattern (`conv*`, `*/bias`) that matches a leaf's whole path
-      (`conv1/kernel`) or its layer (`conv1`).
-    precision: a name in `LEAF_CODECS`.
-    options: keyword arguments of that codec: mode, granularity, rounding, ...
-  """
-
-  path: str
-  precision: str
-  options: Mapping[str, Any] = {}
 
 
 def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
@@ -191,17 +175,6 @@ MIXED_OPTIONS = (
 )
 
 
-def layers(params: Params) -> list[str]:
-  """Names of the layers, numbers in them compared as numbers."""
-  names = {layer_of(path) for path in trees.leaf_names(params)}
-  return sorted(names, key=_natural)
-
-
-def layer_of(path: str) -> str:
-  """The layer of a leaf: `conv1` of `conv1/kernel`."""
-  return path.rpartition("/")[0] or path
-
-
 def leaf_codec(
   precision: str, shape: codecs.Shape, options: Mapping[str, Any]
 ) -> codecs.LeafCodec:
@@ -234,7 +207,7 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
   paths = trees.leaf_names(params)
   for path, shape in zip(paths, shapes, strict=True):
     for i, rule in enumerate(rules):
-      if _matches(rule.path, path):
+      if policy.matches(rule, path):
         unused.discard(i)
         leaves.append(leaf_codec(rule.precision, shape, rule.options))
         break
@@ -256,7 +229,7 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
 def paper(params: Params) -> Codec:
   """Layers take turns between precisions and modes, see `PAPER_TURNS`."""
   rules = []
-  for i, layer in enumerate(layers(params)):
+  for i, layer in enumerate(policy.layers(params)):
     precision, options = PAPER_TURNS[i % len(PAPER_TURNS)]
     rules.append(QuantRule(glob.escape(layer), precision, options))
   return from_rules("paper", rules, params)
@@ -321,7 +294,7 @@ def make(name: str, params: Params, **options: Any) -> Codec:
         f"policy file {name}: takes no options, got {', '.join(options)}; write"
         " them into its rules."
       )
-    codec = from_rules(*read_policy(pathlib.Path(name)), params)
+    codec = from_rules(*policy.read(pathlib.Path(name)), params)
   else:
     raise errors.unknown_name(
       "codec (a policy file would end in .toml)", name, CODECS
@@ -394,61 +367,6 @@ def _db(energy: float, lost: float) -> str:
   if lost == 0:
     return "exact"
   return f"{10 * np.log10(energy / lost):.1f}" if energy > 0 else "-"
-
-
-def read_policy(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
-  """Reads a policy file: a list of rules, first match wins.
-
-      [[rule]]
-      path = "conv*"
-      precision = "int4"
-      mode = "affine"
-
-      [[rule]]
-      path = "*"
-      precision = "float16"
-
-  Args:
-    path: the file.
-
-  Returns:
-    The policy's name (the file's, without its suffix) and its rules.
-
-  Raises:
-    UserError: the file cannot be read or is no policy.
-  """
-  try:
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-    raise UserError(f"policy file {path}: {error}.") from error
-  rules = content.pop("rule", None)
-  if content or not isinstance(rules, list) or not rules:
-    raise UserError(
-      f"policy file {path}: expected [[rule]] tables and nothing else"
-      + (f", got {', '.join(map(repr, content))}." if content else ".")
-    )
-  parsed = []
-  for i, rule in enumerate(rules, 1):
-    for key in ("path", "precision"):
-      if not isinstance(rule, dict) or not isinstance(rule.get(key), str):
-        raise UserError(
-          f"policy file {path}, rule {i}: {key} must be a string."
-        )
-    parsed.append(QuantRule(rule.pop("path"), rule.pop("precision"), rule))
-  return path.stem, parsed
-
-
-def _matches(pattern: str, path: str) -> bool:
-  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
-    layer_of(path), pattern
-  )
-
-
-def _natural(name: str) -> list:
-  return [
-    (0, int(part), "") if part.isdigit() else (1, 0, part)
-    for part in re.split(r"(\d+)", name)
-  ]
 
 
 def _blocks(granularity: Granularity) -> Granularity:
