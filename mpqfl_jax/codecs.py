@@ -216,7 +216,7 @@ class Blocks(NamedTuple):
   """
 
   number: int
-  axis: int | tuple[int, ...] | None
+  axis: quantize.Axis
   sizes: np.ndarray
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]

@@ -56,7 +56,7 @@ class Numerics(NamedTuple):
   levels: int
   rounding: str
   side: dict[str, SideField]
-  fit: Callable[[Array, int | None, np.ndarray], Side]
+  fit: Callable[[Array, quantize.Axis, np.ndarray], Side]
   encode: Callable[[Array, Side, Array | None], Array]
   decode: Callable[[Array, Side, Array | None], Array]
   bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
@@ -204,7 +204,7 @@ def _linear(
   low: int,
   high: int,
   rounding: str,
-  fit: Callable[[Array, int | None, np.ndarray], quantize.Grid],
+  fit: Callable[[Array, quantize.Axis, np.ndarray], quantize.Grid],
   affine: bool = False,
   power_of_two: bool = False,
   saturates: bool = False,
@@ -530,7 +530,7 @@ def _between(
   return lambda array: bool(((array >= low) & (array <= high)).all())
 
 
-def _largest(y: Array, axis: int | None) -> Array:
+def _largest(y: Array, axis: quantize.Axis) -> Array:
   return jnp.maximum(quantize.largest_magnitude(y, axis), quantize.SMALLEST)
 
 
