@@ -216,7 +216,7 @@ class Blocks(NamedTuple):
   """
 
   number: int
-  axis: int | tuple[int, ...] | None
+  axis: quantize.Axis
   sizes: np.ndarray
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]
@@ -305,7 +305,9 @@ def float32(shape: Shape) -> LeafCodec:
     return empty(shape)
 
   def check(values: np.ndarray) -> bool:
-    return bool((np.abs(values) <= quantize.LARGEST).all())
+    # Of NaN, both are NaN. Nothing as large as the leaf is allocated.
+    least, most = values.min(), values.max()
+    return bool(least >= -quantize.LARGEST and most <= quantize.LARGEST)
 
   def bins(payload):
     x = payload["values"]
@@ -368,14 +370,14 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
     sizes = [c.num_bytes(p) for c, p in zip(leaves, payload, strict=True)]
     return jnp.int32(wire.OVERHEAD + sum(sizes))
 
-  def pack(payload):
+  def pack(payload, coding=None):
     records = []
     for leaf, part in zip(leaves, payload, strict=True):
       records += leaf.pack(part)
-    return wire.seal(print_, records)
+    return wire.seal(print_, records, coding)
 
-  def unpack(message):
-    reader = wire.unseal(message, print_, most)
+  def unpack(message, coding=None):
+    reader = wire.unseal(message, print_, most, coding)
     payload = tuple(leaf.unpack(reader) for leaf in leaves)
     reader.finish()
     return payload

@@ -56,7 +56,7 @@ class Numerics(NamedTuple):
   levels: int
   rounding: str
   side: dict[str, SideField]
-  fit: Callable[[Array, int | None, np.ndarray], Side]
+  fit: Callable[[Array, quantize.Axis, np.ndarray], Side]
   encode: Callable[[Array, Side, Array | None], Array]
   decode: Callable[[Array, Side, Array | None], Array]
   bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
@@ -89,6 +89,12 @@ def integer(
   require_choice("mode", mode, MODES)
   require_choice("rounding", rounding, ROUNDINGS)
   name = f"int{bits} {mode} {rounding}"
+  if bits == 1 and (mode == "symmetric" or rounding != "nearest"):
+    raise UserError(
+      f"{name}: one bit has no such grid (a symmetric one has only the code 0)."
+      " Expected mode=affine with rounding=nearest, or the codec sign, which"
+      " sends signs and a scale."
+    )
   if mode == "symmetric":
     require_range("bits", bits, 2, 16)
     high = 2 ** (bits - 1) - 1
@@ -101,7 +107,7 @@ def integer(
       fit=lambda y, axis, sizes: quantize.symmetric_grid(y, axis, high),
       power_of_two=power_of_two,
     )
-  require_range("bits", bits, 1 if rounding == "nearest" else 2, 16)
+  require_range("bits", bits, 1, 16)
   if power_of_two:
     raise UserError("power_of_two=True: expected mode='symmetric'.")
   low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -198,7 +204,7 @@ def _linear(
   low: int,
   high: int,
   rounding: str,
-  fit: Callable[[Array, int | None, np.ndarray], quantize.Grid],
+  fit: Callable[[Array, quantize.Axis, np.ndarray], quantize.Grid],
   affine: bool = False,
   power_of_two: bool = False,
   saturates: bool = False,
@@ -524,7 +530,7 @@ def _between(
   return lambda array: bool(((array >= low) & (array <= high)).all())
 
 
-def _largest(y: Array, axis: int | None) -> Array:
+def _largest(y: Array, axis: quantize.Axis) -> Array:
   return jnp.maximum(quantize.largest_magnitude(y, axis), quantize.SMALLEST)
 
 

@@ -1,4 +1,4 @@
-"""Which codec each layer gets: rules by path, named policies, policy files.
+"""Which codec each layer gets: leaf codecs and whole policies by name.
 
 >>> import jax.numpy as jnp
 >>> params = {"conv1": {"kernel": jnp.ones((3, 3, 1, 8)), "bias": jnp.ones(8)}}
@@ -9,13 +9,10 @@ True
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import fnmatch
 import glob
 import inspect
 import pathlib
-import re
-import tomllib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,31 +21,20 @@ from mpqfl_jax import (
   budget,
   choice,
   codecs,
+  entropy,
   errors,
   numerics,
+  policy,
   rotation,
   sparsify,
   trees,
+  wire,
 )
 from mpqfl_jax.errors import UserError
+from mpqfl_jax.policy import QuantRule
 from mpqfl_jax.types import Codec, Key, Params, PyTree, Update
 
 Granularity = str | int
-
-
-class QuantRule(NamedTuple):
-  """How the leaves that a pattern matches are sent.
-
-  Attributes:
-    path: a shell pattern (`conv*`, `*/bias`) that matches a leaf's whole path
-      (`conv1/kernel`) or its layer (`conv1`).
-    precision: a name in `LEAF_CODECS`.
-    options: keyword arguments of that codec: mode, granularity, rounding, ...
-  """
-
-  path: str
-  precision: str
-  options: Mapping[str, Any] = {}
 
 
 def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
@@ -189,17 +175,6 @@ MIXED_OPTIONS = (
 )
 
 
-def layers(params: Params) -> list[str]:
-  """Names of the layers, numbers in them compared as numbers."""
-  names = {layer_of(path) for path in trees.leaf_names(params)}
-  return sorted(names, key=_natural)
-
-
-def layer_of(path: str) -> str:
-  """The layer of a leaf: `conv1` of `conv1/kernel`."""
-  return path.rpartition("/")[0] or path
-
-
 def leaf_codec(
   precision: str, shape: codecs.Shape, options: Mapping[str, Any]
 ) -> codecs.LeafCodec:
@@ -232,7 +207,7 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
   paths = trees.leaf_names(params)
   for path, shape in zip(paths, shapes, strict=True):
     for i, rule in enumerate(rules):
-      if _matches(rule.path, path):
+      if policy.matches(rule, path):
         unused.discard(i)
         leaves.append(leaf_codec(rule.precision, shape, rule.options))
         break
@@ -254,14 +229,19 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
 def paper(params: Params) -> Codec:
   """Layers take turns between precisions and modes, see `PAPER_TURNS`."""
   rules = []
-  for i, layer in enumerate(layers(params)):
+  for i, layer in enumerate(policy.layers(params)):
     precision, options = PAPER_TURNS[i % len(PAPER_TURNS)]
     rules.append(QuantRule(glob.escape(layer), precision, options))
   return from_rules("paper", rules, params)
 
 
 def mixed_random(params: Params, rounding: str = "nearest") -> Codec:
-  """Every leaf's precision and mode drawn anew for each round and client."""
+  """Every leaf's precision and mode drawn anew for each round and client.
+
+  The server always knows the draw: it is on the wire, as it must be for whoever
+  decodes a single update. A blind attacker ignores it, an adaptive one does
+  not.
+  """
   menu = choice.menu(MIXED_OPTIONS, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
   leaves = [choice.leaf(shape, menu) for shape in shapes]
@@ -292,7 +272,8 @@ def make(name: str, params: Params, **options: Any) -> Codec:
   Args:
     name: a name in `CODECS`, or the path of a policy file (`.toml`).
     params: parameters of the model, or a tree of `jax.ShapeDtypeStruct`.
-    **options: of that codec; `error_feedback=True` with any.
+    **options: of that codec; with any, `error_feedback=True` and
+      `entropy="zstd"` or `"zstd(level=9)"`.
 
   Returns:
     The codec.
@@ -302,6 +283,7 @@ def make(name: str, params: Params, **options: Any) -> Codec:
       model.
   """
   feedback = options.pop("error_feedback", False)
+  coding = entropy.make(options.pop("entropy", "none"))
   if name in CODECS:
     build = CODECS[name][1]
     _check_options(name, build, options)
@@ -312,14 +294,16 @@ def make(name: str, params: Params, **options: Any) -> Codec:
         f"policy file {name}: takes no options, got {', '.join(options)}; write"
         " them into its rules."
       )
-    codec = from_rules(*read_policy(pathlib.Path(name)), params)
+    codec = from_rules(*policy.read(pathlib.Path(name)), params)
   else:
     raise errors.unknown_name(
       "codec (a policy file would end in .toml)", name, CODECS
     )
   if not isinstance(feedback, bool):
     raise UserError(f"error_feedback={feedback!r}: expected true or false.")
-  return codecs.error_feedback(codec) if feedback else codec
+  if feedback:
+    codec = codecs.error_feedback(codec)
+  return codec if coding is None else entropy.coded(codec, coding)
 
 
 def table(
@@ -357,8 +341,11 @@ def table(
     rows.append(
       (record.path, x.size, record.rule, record.num_bytes, energy, lost)
     )
-  total = len(codec.pack(payload))
-  rows.append(("message", trees.size(update), "", total, signal, noise))
+  message = codec.pack(payload)
+  coding = "entropy coded" if wire.is_coded(message) else ""
+  rows.append(
+    ("message", trees.size(update), coding, len(message), signal, noise)
+  )
   lines = [header]
   for path, count, rule, size, energy, lost in rows:
     bits = 8 * size / count if count else 0.0
@@ -380,61 +367,6 @@ def _db(energy: float, lost: float) -> str:
   if lost == 0:
     return "exact"
   return f"{10 * np.log10(energy / lost):.1f}" if energy > 0 else "-"
-
-
-def read_policy(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
-  """Reads a policy file: a list of rules, first match wins.
-
-      [[rule]]
-      path = "conv*"
-      precision = "int4"
-      mode = "affine"
-
-      [[rule]]
-      path = "*"
-      precision = "float16"
-
-  Args:
-    path: the file.
-
-  Returns:
-    The policy's name (the file's, without its suffix) and its rules.
-
-  Raises:
-    UserError: the file cannot be read or is no policy.
-  """
-  try:
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-    raise UserError(f"policy file {path}: {error}.") from error
-  rules = content.pop("rule", None)
-  if content or not isinstance(rules, list) or not rules:
-    raise UserError(
-      f"policy file {path}: expected [[rule]] tables and nothing else"
-      + (f", got {', '.join(map(repr, content))}." if content else ".")
-    )
-  parsed = []
-  for i, rule in enumerate(rules, 1):
-    for key in ("path", "precision"):
-      if not isinstance(rule, dict) or not isinstance(rule.get(key), str):
-        raise UserError(
-          f"policy file {path}, rule {i}: {key} must be a string."
-        )
-    parsed.append(QuantRule(rule.pop("path"), rule.pop("precision"), rule))
-  return path.stem, parsed
-
-
-def _matches(pattern: str, path: str) -> bool:
-  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
-    layer_of(path), pattern
-  )
-
-
-def _natural(name: str) -> list:
-  return [
-    (0, int(part), "") if part.isdigit() else (1, 0, part)
-    for part in re.split(r"(\d+)", name)
-  ]
 
 
 def _blocks(granularity: Granularity) -> Granularity:
@@ -459,7 +391,7 @@ def _check_options(
   for option in options:
     if option not in names:
       raise errors.unknown_name(
-        f"option of {name}", option, [*names, "error_feedback"]
+        f"option of {name}", option, [*names, "error_feedback", "entropy"]
       )
   for p in known:
     if p.default is inspect.Parameter.empty and p.name not in options:

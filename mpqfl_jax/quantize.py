@@ -31,6 +31,9 @@ SMALLEST = np.float32(2.0**-126)
 # Beyond the codes of every grid, and far from overflow.
 _FAR = np.int32(2**20)
 
+# What runs along a block: one axis, several, or all.
+Axis = int | tuple[int, ...] | None
+
 
 class Grid(NamedTuple):
   """The values (code - zero_point) * scale for integer codes in [low, high].
@@ -53,7 +56,7 @@ def finite(x: Array) -> Array:
   return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LARGEST, LARGEST))
 
 
-def largest_magnitude(x: Array, axis: int | None = None) -> Array:
+def largest_magnitude(x: Array, axis: Axis = None) -> Array:
   """Largest magnitude along `axis` (kept, of length 1), at most 2^126.
 
   Where an entry is not finite it is 2^126, so that in such an update little
@@ -64,7 +67,7 @@ def largest_magnitude(x: Array, axis: int | None = None) -> Array:
   return jnp.where(magnitude <= LARGEST, magnitude, LARGEST)
 
 
-def extremes(x: Array, axis: int | None = None) -> tuple[Array, Array]:
+def extremes(x: Array, axis: Axis = None) -> tuple[Array, Array]:
   """Smallest and largest entry, as `largest_magnitude` has them."""
   bottom = jnp.min(x, axis, keepdims=True)
   top = jnp.max(x, axis, keepdims=True)
@@ -74,7 +77,7 @@ def extremes(x: Array, axis: int | None = None) -> tuple[Array, Array]:
   )
 
 
-def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
+def symmetric_grid(x: Array, axis: Axis, high: Array | float) -> Grid:
   """The grid with codes -high ... high whose end is the largest magnitude.
 
   Args:
@@ -94,7 +97,7 @@ def symmetric_grid(x: Array, axis: int | None, high: Array | float) -> Grid:
 
 def affine_grid(
   x: Array,
-  axis: int | None,
+  axis: Axis,
   low: Array | float,
   high: Array | float,
   roomy: bool = False,

@@ -291,10 +291,18 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   def encode(seed, x, state):
     # What is decoded, not only what is sent, stays finite.
     x = jnp.clip(quantize.finite(x), -largest, largest)
-    return {"seed": seed, "values": jnp.where(mask(seed), x, 0.0)}, state
+    # NaN stands for what is not sent, so that the payload alone says what is.
+    return {"seed": seed, "values": jnp.where(mask(seed), x, jnp.nan)}, state
+
+  def read(payload):
+    sent = ~jnp.isnan(payload["values"])
+    return jnp.where(sent, payload["values"], 0.0), sent
+
+  def decode(payload):
+    return read(payload)[0] * factor
 
   def bins(payload):
-    x, sent = payload["values"], mask(payload["seed"])
+    x, sent = read(payload)
     count = jnp.maximum(jnp.sum(sent), 1)
     square = jnp.sum(x * x) / count
     reach = jnp.where(sent, 0.0, jnp.inf)
@@ -302,20 +310,20 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     return x - reach, x + reach, variance
 
   def num_bytes(payload):
-    return 9 + 4 * jnp.sum(mask(payload["seed"]), dtype=jnp.int32)
+    return 9 + 4 * jnp.sum(read(payload)[1], dtype=jnp.int32)
 
   def pack(payload):
     seed = np.asarray(payload["seed"], "<u4")
     values = np.asarray(payload["values"], "<f4")
-    return [bytes([TAG_RANDOM]), seed.data, values[host_mask(seed)].data]
+    return [bytes([TAG_RANDOM]), seed.data, values[~np.isnan(values)].data]
 
   def unpack(reader):
     wire.read_tag(reader, (TAG_RANDOM,))
     seed = np.frombuffer(reader.take(8), "<u4").astype(np.uint32)
     sent = host_mask(seed)
-    values = np.zeros(shape, np.float32)
+    values = np.full(shape, np.nan, np.float32)
     values[sent] = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
-    if not (np.abs(values) <= largest).all():
+    if not (np.abs(values[sent]) <= largest).all():
       raise wire.WireError("a value is too large or no number")
     return {"seed": seed, "values": values}
 
@@ -324,7 +332,7 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     stochastic=False,
     init=lambda: (),
     encode=encode,
-    decode=lambda payload: payload["values"] * factor,
+    decode=decode,
     num_bytes=num_bytes,
     max_bytes=9 + 4 * entries,
     pack=pack,

@@ -160,7 +160,7 @@ class LeafRecord(NamedTuple):
   Attributes:
     path: the leaf's name, such as `conv1/kernel`.
     rule: precision, mode and so on, in words.
-    num_bytes: length of its record on the wire, bytes.
+    num_bytes: length of its record, bytes, before entropy coding.
   """
 
   path: str
@@ -177,10 +177,11 @@ class Codec(NamedTuple):
       exactly what crosses the wire.
     decode: payload -> update, float32.
     num_bytes: payload -> [] int32, the length in bytes of `pack(payload)`,
-      computed on the device.
-    pack: payload -> bytes, on the host.
+      computed on the device (under entropy coding, on the host behind it).
+    pack: payload -> bytes, on the host. A `wire.Coding` as a second argument
+      codes the records; `entropy.coded` gives a codec that does.
     unpack: bytes -> payload, on the host; raises `wire.WireError`, and nothing
-      else, on any input that `pack` cannot have produced.
+      else, on any input that `pack` cannot have produced. As in `pack`.
     bins: payload -> Bins.
     records: payload -> how each leaf was sent, in the order of
       `jax.tree.leaves`; on the host.
@@ -190,8 +191,8 @@ class Codec(NamedTuple):
   encode: Callable[[Key, Update, PyTree], tuple[Payload, PyTree]]
   decode: Callable[[Payload], Update]
   num_bytes: Callable[[Payload], Array]
-  pack: Callable[[Payload], bytes]
-  unpack: Callable[[bytes], Payload]
+  pack: Callable[..., bytes]
+  unpack: Callable[..., Payload]
   bins: Callable[[Payload], Bins]
   records: Callable[[Payload], list[LeafRecord]]
 

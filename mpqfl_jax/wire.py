@@ -2,10 +2,11 @@
 
 A message is a header (magic and version, a fingerprint of the model's shapes
 and of the rules), one record a leaf (its rule's tag, then its fields), and a
-checksum. `docs/wire.md` is the specification. Reading is a trust boundary: the
-template decides every length before a byte is looked at, so that a message can
-neither make the reader allocate more than the template's size nor yield a
-payload that no client can have sent.
+checksum. The records together may be entropy coded; the header says so.
+`docs/wire.md` is the specification. Reading is a trust boundary: the template
+decides every length before a byte is looked at, so that a message can neither
+make the reader allocate more than the template's size nor yield a payload that
+no client can have sent.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import zlib
 import numpy as np
 
 MAGIC = b"MPQ"
-VERSION = 1
+VERSION = 1  # low four bits of its byte; the upper ones name the coding
 HEADER = struct.Struct("<3sBI")
 CHECKSUM = struct.Struct("<I")
 LENGTH = struct.Struct("<I")  # of the first of two messages
@@ -28,6 +29,23 @@ class WireError(Exception):
 
 
 Chunk = bytes | memoryview
+
+
+class Coding(NamedTuple):
+  """A lossless coding of all records of a message together.
+
+  Attributes:
+    name: as a flag would have it.
+    number: in the header, 1 to 15; 0 stands for no coding.
+    shrink: records -> coded records.
+    expand: (coded records, the longest that records can be) -> records; raises
+      WireError, and allocates no more than that.
+  """
+
+  name: str
+  number: int
+  shrink: Callable[[bytes], bytes]
+  expand: Callable[[memoryview, int], bytes]
 
 
 class Field(NamedTuple):
@@ -119,9 +137,16 @@ def fingerprint(text: str) -> int:
   return zlib.crc32(text.encode())
 
 
-def seal(print_: int, records: Sequence[Chunk]) -> bytes:
-  """Frames records into a message."""
-  return reseal(b"".join([HEADER.pack(MAGIC, VERSION, print_), *records]))
+def seal(
+  print_: int, records: Sequence[Chunk], coding: Coding | None = None
+) -> bytes:
+  """Frames records into a message, coded where that makes them shorter."""
+  body, form = b"".join(records), VERSION
+  if coding is not None:
+    coded = coding.shrink(body)
+    if len(coded) < len(body):
+      body, form = coded, VERSION | coding.number << 4
+  return reseal(HEADER.pack(MAGIC, form, print_) + body)
 
 
 def reseal(body: bytes) -> bytes:
@@ -145,13 +170,21 @@ def part(message: bytes) -> tuple[bytes, bytes]:
   return body[:length], body[length:]
 
 
-def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
+def is_coded(message: bytes) -> bool:
+  """Whether the records of a message are entropy coded."""
+  return message[len(MAGIC)] >> 4 != 0
+
+
+def unseal(
+  message: bytes, print_: int, max_bytes: int, coding: Coding | None = None
+) -> Reader:
   """Checks a message's frame and gives a reader of its records.
 
   Args:
     message: what came off the wire.
     print_: fingerprint of the receiver's template.
     max_bytes: the longest message that the template allows.
+    coding: that both sides agreed on; a message may still come without.
 
   Returns:
     A reader at the first record.
@@ -162,11 +195,15 @@ def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
   if len(message) < OVERHEAD:
     raise WireError(f"message of {len(message)} bytes, shorter than its frame")
   view = memoryview(message)
-  magic, version, found = HEADER.unpack_from(view)
+  magic, form, found = HEADER.unpack_from(view)
   if magic != MAGIC:
     raise WireError(f"magic is {magic!r}, expected {MAGIC!r}")
+  version, number = form & 0xF, form >> 4
   if version != VERSION:
     raise WireError(f"version {version}, this reader knows {VERSION}")
+  if number and (coding is None or number != coding.number):
+    agreed = "none" if coding is None else coding.name
+    raise WireError(f"entropy coding {number}, agreed was {agreed}")
   if found != print_:
     raise WireError(
       f"fingerprint {found:08x} of model and policy, expected {print_:08x}"
@@ -177,4 +214,10 @@ def unseal(message: bytes, print_: int, max_bytes: int) -> Reader:
   (checksum,) = CHECKSUM.unpack_from(view, len(body))
   if zlib.crc32(body) != checksum:
     raise WireError("checksum does not match: corrupted on the way")
-  return Reader(body[HEADER.size :])
+  records = body[HEADER.size :]
+  if number and coding is not None:
+    expanded = coding.expand(records, max_bytes - OVERHEAD)
+    if len(expanded) <= len(records):
+      raise WireError("entropy coding makes the records no shorter")
+    records = memoryview(expanded)
+  return Reader(records)

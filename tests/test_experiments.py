@@ -22,7 +22,7 @@ from experiments import (
   setting,
   train,
 )
-from mpqfl_jax import federated, metrics, models
+from mpqfl_jax import metrics, models
 
 SMALL = (
   "--model=mlp",
@@ -311,29 +311,65 @@ def w_payload(w):
   return w.defense.codec.unpack(w.message)
 
 
-def test_bytes_reported_are_the_bytes_of_the_messages():
-  values = from_args(*SMALL, "--defense=mixed_random,prune,topk,sign,none")
-  built = setting.build(values)
-  params = built.model.init(jax.random.key(0))
-  sent = federated.Broadcast(params, (), np.float32(0.1))
-  from mpqfl_jax.types import Cohort, Examples
-
-  examples = Examples._make(
+@pytest.mark.parametrize(
+  ("plan", "algorithm", "specs"),
+  [
     (
-      np.asarray(built.data.x_train),
-      np.asarray(built.data.y_train),
-      built.clients.order.astype(np.int32),
-    )
+      "chunk(size=2)",
+      "fed_sgd",
+      "topk,int8(entropy=zstd),mixed_random(entropy=zstd(level=1))",
+    ),
+    *(
+      pytest.param(
+        *case,
+        "int4,randomk,mixed_random,drive(entropy=zstd),prune(entropy=zstd),"
+        "randomk(entropy=zstd),sign(entropy=zstd,error_feedback=true),"
+        "budget(bytes=40000,entropy=zstd(level=9)),none(entropy=zstd)",
+        marks=pytest.mark.slow,
+      )
+      for case in (("loop", "fed_avg"), ("vmap", "scaffold"))
+    ),
+  ],
+)
+def test_bytes_of_a_whole_run_are_those_of_its_messages(
+  plan, algorithm, specs, tmp_path, monkeypatch
+):
+  # Every client is watched in every round; nobody attacks.
+  monkeypatch.setattr(adversary, "attack_all", lambda *_: ({}, {}))
+  args = (
+    *SMALL,
+    "--batch_size=60",
+    f"--plan={plan}",
+    f"--algorithm={algorithm}",
+    f"--defense={specs}",
+    "--downlink=int4(entropy=zstd)",
+    "--dropout=0.3",
+    "--attack=dlg",
+    "--attack_rounds=1,2,3",
+    "--attack_clients=6",
+    "--eval_every=3",
+    f"--output_dir={tmp_path / 'run'}",
   )
-  cohort = train.sample(values, built, 1)
+  assert execute(*args) == 0
+  built = setting.build(from_args(*args))
+  rounds = lines(tmp_path / "run" / "metrics.jsonl")
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  lengths, arrived = set(), 0
   for defense in built.defenses:
-    client = setting.client(values, built, defense)
-    turn, state = jax.jit(client.turn), client.init(params)
-    for i in range(3):
-      who = Cohort._make(leaf[i] for leaf in cohort)
-      out = turn(sent, examples, who, state, jax.random.key(1))
-      message = defense.codec.pack(jax.device_get(out.payload))
-      assert int(out.uplink_bytes) == len(message)
+    kept = observations.load(tmp_path / "run", defense, 3, built.template)
+    mine = [r for r in rounds if r["defense"] == defense.spec]
+    assert [r["round"] for r in mine] == [1, 2, 3]
+    for line in mine:
+      sent = [len(w.message) for w in kept if w.round == line["round"]]
+      assert len(sent) == line["participants"]
+      assert line["uplink_bytes"] == sum(sent)
+      lengths |= set(sent)
+      arrived += len(sent)
+    entry = summary["defenses"][defense.spec]
+    mean = sum(len(w.message) for w in kept) / len(kept)
+    assert entry["uplink_bytes_per_client"] == pytest.approx(mean)
+  # Not all of one length, and some messages were lost on the way.
+  assert len(lengths) > 10 and arrived < 18 * len(built.defenses)
 
 
 def test_auxiliary_images_hold_no_attacked_one(attacked):

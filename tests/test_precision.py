@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpqfl_jax import choice, precision, quantize
+from mpqfl_jax import choice, policy, precision, quantize
 from mpqfl_jax.errors import UserError
-from mpqfl_jax.precision import QuantRule
+from mpqfl_jax.policy import QuantRule
 
 PARAMS = {
   f"conv{i}": {"bias": jnp.zeros(4), "kernel": jnp.zeros((3, 3, 4, 4))}
@@ -31,7 +31,7 @@ def precision_update():
 
 
 def test_layers_count_numbers_as_numbers():
-  assert precision.layers(PARAMS) == ["conv1", "conv2", "conv10", "dense1"]
+  assert policy.layers(PARAMS) == ["conv1", "conv2", "conv10", "dense1"]
 
 
 def test_paper_takes_turns():

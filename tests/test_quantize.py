@@ -461,6 +461,12 @@ def test_bad_options(name, options):
     precision.leaf_codec(name, (4, 4), options)
 
 
+@pytest.mark.parametrize("option", ["mode=symmetric", "rounding=stochastic"])
+def test_one_bit_points_to_sign(option):
+  with pytest.raises(UserError, match="or the codec sign"):
+    precision.leaf_codec("int1", (4,), dict([option.split("=")]))
+
+
 def test_traced_width_is_one_program():
   # Every width out of one compilation, equal to the static codec's.
   x = jnp.asarray(np.random.default_rng(5).standard_normal(50), jnp.float32)

@@ -1,19 +1,27 @@
 """Feeds mutated messages to every codec's reader.
 
     python tools/fuzz_wire.py --count=1000000
+    python tools/fuzz_wire.py --count=1000000 --entropy=zstd
 
 A message is either refused with `WireError`, or it is one that some client may
-have sent: it packs again to the same bytes and decodes to finite numbers. Most
-mutants get a new checksum, so that they reach the readers of the records.
+have sent: it packs again to the same bytes (under entropy coding, which has no
+one shortest form, to the same records) and decodes to finite numbers. Most
+mutants get a new checksum, so that they reach the readers of the records. Under
+entropy coding, half of them are mutants of the records coded anew, in frames
+that a sender of malice may make: any level and window, dictionaries, checksums,
+claims of other sizes, more than one frame, megabytes of zeros.
 """
 
 import argparse
 import collections
+import resource
+import struct
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import zstandard
 
 from mpqfl_jax import precision, wire
 
@@ -34,26 +42,32 @@ VARIANTS = [
 ]
 
 
-def build() -> list:
-  """(name, codec, decode, messages) of every codec."""
+def build(entropy: str) -> list:
+  """(name, codec, the same without coding, decode, messages) of every codec."""
   cases = [(name, OPTIONS.get(name, {})) for name in precision.CODECS]
   rng = np.random.default_rng(0)
   update = jax.tree.map(
     lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), PARAMS
   )
+  # Repeats shorten a message, or entropy coding would leave all as they are.
+  period = {"none": 1000, "zstd": 7}[entropy]
   built = []
   for name, options in [*cases, *VARIANTS]:
-    codec = precision.make(name, PARAMS, **options)
+    plain = precision.make(name, PARAMS, **options)
+    codec = precision.make(name, PARAMS, **options, entropy=entropy)
     encode = jax.jit(codec.encode)
     messages = []
     for seed in range(4):
       sent = jax.tree.map(
-        lambda x, s=seed: x * (0.0 if s == 3 else 1.0), update
+        lambda x, s=seed: (
+          jnp.resize(x.reshape(-1)[:period], x.shape) * (0.0 if s == 3 else 1.0)
+        ),
+        update,
       )
       payload, _ = encode(jax.random.key(seed), sent, codec.init(PARAMS))
       messages.append(codec.pack(payload))
     title = name + "".join(f" {k}={v}" for k, v in options.items())
-    built.append((title, codec, jax.jit(codec.decode), messages))
+    built.append((title, codec, plain, jax.jit(codec.decode), messages))
   return built
 
 
@@ -88,27 +102,106 @@ def mutate(message: bytes, other: bytes, rng: np.random.Generator) -> bytes:
   return wire.reseal(bytes(body))
 
 
+def expand(message: bytes) -> bytes:
+  """The message without entropy coding, by zstd's streaming reader."""
+  frame = message[wire.HEADER.size : -wire.CHECKSUM.size]
+  reader = zstandard.ZstdDecompressor().stream_reader(frame)
+  header = bytearray(message[: wire.HEADER.size])
+  header[3] &= 0x0F
+  return wire.reseal(bytes(header) + reader.read())
+
+
+def code(message: bytes, rng: np.random.Generator) -> bytes:
+  """Codes a message without coding in some frame, honest or not."""
+  records = message[wire.HEADER.size : -wire.CHECKSUM.size]
+  kind = rng.integers(16)
+  if kind == 0:
+    # A bomb: the message is short, what it expands to is not.
+    records += bytes(int(rng.integers(1, 2**20)))
+  parameters = zstandard.ZstdCompressionParameters.from_level(
+    int(rng.choice([1, 3, 9])),
+    window_log=int(rng.integers(10, 22)),
+    write_content_size=bool(kind != 1),
+    write_checksum=bool(kind == 2),
+  )
+  frame = zstandard.ZstdCompressor(compression_params=parameters).compress(
+    records
+  )
+  if kind == 3:
+    # One byte is the size of short records, two of longer ones.
+    flag = frame[4] >> 6
+    width = 1 if flag == 0 else 1 << flag
+    frame = frame[:5] + rng.bytes(width) + frame[5 + width :]
+  elif kind == 4:
+    claim = struct.pack("<Q", int(rng.integers(2**63)))
+    frame = frame[:4] + bytes([frame[4] | 0xC0]) + claim + frame[6:]
+  elif kind == 5:
+    frame = frame[:4] + bytes([frame[4] | 1]) + rng.bytes(1) + frame[5:]
+  elif kind == 6:
+    window = bytes([int(rng.integers(256))])
+    frame = frame[:4] + bytes([frame[4] & 0xDF]) + window + frame[5:]
+  elif kind == 7:
+    size = int(rng.choice([0, 4, 2**31]))
+    extra = struct.pack("<II", 0x184D2A50, size) + bytes(size % 8)
+    frame = extra + frame if rng.integers(2) else frame + extra
+  elif kind == 8:
+    frame += frame if rng.integers(2) else rng.bytes(1)
+  header = bytearray(message[: wire.HEADER.size])
+  header[3] |= 0x10
+  return wire.reseal(bytes(header) + frame)
+
+
+def mutate_coded(
+  message: bytes, other: bytes, rng: np.random.Generator
+) -> bytes:
+  """One mutant of a message that may be entropy coded."""
+  if rng.integers(2):
+    return mutate(message, other, rng)
+  plain = expand(message) if wire.is_coded(message) else message
+  also = expand(other) if wire.is_coded(other) else other
+  if rng.integers(2):
+    plain = mutate(plain, also, rng)
+  if len(plain) < wire.OVERHEAD:
+    return plain
+  return code(plain, rng)
+
+
+def peak_kib() -> int:
+  """The most memory that this process ever had, KiB."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def main() -> None:
   """Runs the fuzzer and prints what became of the mutants."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--count", type=int, default=100_000)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--entropy", choices=("none", "zstd"), default="none")
   flags = parser.parse_args()
   rng = np.random.default_rng(flags.seed)
-  built = build()
+  built = build(flags.entropy)
+  change = mutate if flags.entropy == "none" else mutate_coded
   outcome: collections.Counter[str] = collections.Counter()
   began = time.monotonic()
+  rose = 0
   for i in range(flags.count):
-    title, codec, decode, messages = built[i % len(built)]
+    title, codec, plain, decode, messages = built[i % len(built)]
     message = messages[rng.integers(len(messages))]
-    mutant = mutate(message, messages[rng.integers(len(messages))], rng)
+    mutant = change(message, messages[rng.integers(len(messages))], rng)
+    memory = peak_kib()
     try:
       payload = codec.unpack(mutant)
     except wire.WireError:
       outcome["refused"] += 1
       continue
+    finally:
+      rose = max(rose, peak_kib() - memory)
     outcome["read"] += 1
-    if codec.pack(payload) != mutant:
+    same = mutant
+    if wire.is_coded(mutant):
+      outcome["coded"] += 1
+      same = expand(mutant)
+    if plain.pack(payload) != same:
       raise AssertionError(f"{title}: not canonical: {mutant.hex()}")
     if outcome["read"] % 10 == 0:
       finite = [np.isfinite(x).all() for x in jax.tree.leaves(decode(payload))]
@@ -118,9 +211,11 @@ def main() -> None:
   seconds = time.monotonic() - began
   print(
     f"{flags.count:,} mutants of {len(built)} codecs in {seconds:.0f} s:"
-    f" {outcome['refused']:,} refused with WireError, {outcome['read']:,} valid"
-    f" (all packed again to the same bytes, {outcome['decoded']:,} decoded to"
-    " finite numbers), nothing else"
+    f" {outcome['refused']:,} refused with WireError, {outcome['read']:,}"
+    f" valid, {outcome['coded']:,} of them entropy coded (all packed again to"
+    f" the same records, {outcome['decoded']:,} decoded to finite numbers),"
+    f" nothing else; no read raised the peak of memory by more than"
+    f" {rose / 1024:.1f} MiB"
   )
 
 

@@ -1,0 +1,94 @@
+"""Rules by path: which leaves they match, and the files that hold them."""
+
+from collections.abc import Mapping
+import fnmatch
+import pathlib
+import re
+import tomllib
+from typing import Any, NamedTuple
+
+from mpqfl_jax import trees
+from mpqfl_jax.errors import UserError
+from mpqfl_jax.types import Params
+
+
+class QuantRule(NamedTuple):
+  """How the leaves that a pattern matches are sent.
+
+  Attributes:
+    path: a shell pattern (`conv*`, `*/bias`) that matches a leaf's whole path
+      (`conv1/kernel`) or its layer (`conv1`).
+    precision: a name in `precision.LEAF_CODECS`.
+    options: keyword arguments of that codec: mode, granularity, rounding, ...
+  """
+
+  path: str
+  precision: str
+  options: Mapping[str, Any] = {}
+
+
+def matches(rule: QuantRule, path: str) -> bool:
+  """Whether a rule matches a leaf, by its whole path or by its layer."""
+  return fnmatch.fnmatchcase(path, rule.path) or fnmatch.fnmatchcase(
+    layer_of(path), rule.path
+  )
+
+
+def layers(params: Params) -> list[str]:
+  """Names of the layers, numbers in them compared as numbers."""
+  names = {layer_of(path) for path in trees.leaf_names(params)}
+  return sorted(names, key=_natural)
+
+
+def layer_of(path: str) -> str:
+  """The layer of a leaf: `conv1` of `conv1/kernel`."""
+  return path.rpartition("/")[0] or path
+
+
+def read(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
+  """Reads a policy file: a list of rules, first match wins.
+
+      [[rule]]
+      path = "conv*"
+      precision = "int4"
+      mode = "affine"
+
+      [[rule]]
+      path = "*"
+      precision = "float16"
+
+  Args:
+    path: the file.
+
+  Returns:
+    The policy's name (the file's, without its suffix) and its rules.
+
+  Raises:
+    UserError: the file cannot be read or is no policy.
+  """
+  try:
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    raise UserError(f"policy file {path}: {error}.") from error
+  rules = content.pop("rule", None)
+  if content or not isinstance(rules, list) or not rules:
+    raise UserError(
+      f"policy file {path}: expected [[rule]] tables and nothing else"
+      + (f", got {', '.join(map(repr, content))}." if content else ".")
+    )
+  parsed = []
+  for i, rule in enumerate(rules, 1):
+    for key in ("path", "precision"):
+      if not isinstance(rule, dict) or not isinstance(rule.get(key), str):
+        raise UserError(
+          f"policy file {path}, rule {i}: {key} must be a string."
+        )
+    parsed.append(QuantRule(rule.pop("path"), rule.pop("precision"), rule))
+  return path.stem, parsed
+
+
+def _natural(name: str) -> list:
+  return [
+    (0, int(part), "") if part.isdigit() else (1, 0, part)
+    for part in re.split(r"(\d+)", name)
+  ]
