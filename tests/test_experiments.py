@@ -241,7 +241,8 @@ def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
   args = (
     *SMALL,
     "--rounds=2",
-    "--cohort_size=400",
+    "--num_clients=100",
+    "--cohort_size=100",
     "--algorithm=scaffold",
     "--defense=none,int8",
     "--attack=analytic",
@@ -327,7 +328,7 @@ def test_bytes_reported_are_the_bytes_of_the_messages():
   )
   cohort = train.sample(values, built, 1)
   for defense in built.defenses:
-    client = setting.client(values, built, defense)
+    client = setting.client(values, built.training, defense)
     turn, state = jax.jit(client.turn), client.init(params)
     for i in range(3):
       who = Cohort._make(leaf[i] for leaf in cohort)

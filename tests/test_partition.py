@@ -244,3 +244,49 @@ def test_a_mistake_is_one_clear_line(name, num_clients, params, message):
 def test_no_examples_is_a_mistake():
   with pytest.raises(errors.UserError, match="no examples"):
     partition.iid(np.array([], int), 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", list(partition.PARTITIONS))
+@pytest.mark.parametrize("clients, each", [(700, None), (50, 9), (2000, 2)])
+def test_clients_share_examples_where_there_are_too_few(name, clients, each):
+  labels = np.arange(300) % 7
+  part = partition.make(
+    name, labels, clients, np.random.default_rng(3), client_examples=each
+  )
+  total = clients * (each or 1)
+  assert len(part.order) == part.offsets[-1] == total
+  assert part.sizes.min() >= 1
+  uses = np.bincount(part.order, minlength=300)
+  assert set(uses) <= {total // 300, total // 300 + 1}
+  if name == "iid":
+    assert set(part.sizes) == {each or 1}
+  if name == "shards" and each:
+    # Two shards of one label, or of two where a shard crosses a border.
+    kinds = [len(set(labels[part.client(k)])) for k in range(clients)]
+    assert max(kinds) <= 4 and np.mean(kinds) < 2.5
+
+
+def test_fewer_examples_than_there_are():
+  labels = np.arange(300) % 7
+  part = partition.make(
+    "iid", labels, 10, np.random.default_rng(0), client_examples=4
+  )
+  assert len(set(part.order)) == 40 and set(part.sizes) == {4}
+
+
+def test_dividing_once_draws_as_before():
+  labels = np.arange(300) % 7
+  made = partition.make("iid", labels, 10, np.random.default_rng(0))
+  direct = partition.iid(labels, 10, np.random.default_rng(0))
+  np.testing.assert_array_equal(made.order, direct.order)
+
+
+def test_more_places_than_int32_holds():
+  with pytest.raises(errors.UserError, match="int32"):
+    partition.make(
+      "iid",
+      np.zeros(9, int),
+      10**6,
+      np.random.default_rng(0),
+      client_examples=3000,
+    )
