@@ -40,19 +40,22 @@ def counts(part: partition.Partition, labels: np.ndarray) -> np.ndarray:
   num_clients=st.integers(1, 120),
   seed=st.integers(0, 2**32 - 1),
 )
-def test_every_example_is_used_exactly_once(
+def test_every_example_is_used_once_or_as_often_as_it_takes(
   name, params, labels, num_clients, seed
 ):
   labels = np.array(labels)
   part = partition.make(
     name, labels, num_clients, np.random.default_rng(seed), **params
   )
-  assert part.order.dtype == part.offsets.dtype == np.int64
-  np.testing.assert_array_equal(np.sort(part.order), np.arange(len(labels)))
+  held = max(len(labels), num_clients)
+  uses = np.bincount(part.order, minlength=len(labels))
+  assert len(uses) == len(labels) and uses.sum() == held
+  assert uses.min() >= 1 and np.ptp(uses) <= 1
+  assert part.offsets.dtype == np.int64
   assert part.offsets.shape == (num_clients + 1,)
   assert part.offsets[0] == 0
-  assert part.offsets[-1] == len(labels)
-  assert (part.sizes >= (1 if num_clients <= len(labels) else 0)).all()
+  assert part.offsets[-1] == held
+  assert (part.sizes >= 1).all()
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -90,8 +93,13 @@ def test_very_many_clients(name, params, num_examples, num_clients):
     name, labels, num_clients, np.random.default_rng(0), **params
   )
   assert part.num_clients == num_clients
-  assert part.sizes.sum() == num_examples
-  empty = np.count_nonzero(part.sizes == 0)
+  assert part.sizes.sum() == max(num_examples, num_clients)
+  assert part.sizes.min() >= 1
+  divided = partition.PARTITIONS[name](
+    labels, num_clients, np.random.default_rng(0), **params
+  )
+  assert divided.sizes.sum() == num_examples
+  empty = np.count_nonzero(divided.sizes == 0)
   assert (empty > 0) == (num_clients > num_examples)
 
 
