@@ -13,6 +13,7 @@ from tests.test_experiments import execute, from_args, lines
 
 SMALL = (
   "--task=scaling",
+  "--scaling_clients=4,16",
   "--model=mlp",
   "--num_clients=60",
   "--client_examples=3",
@@ -44,7 +45,7 @@ def _line(clients, seconds, **values):
 
 def test_a_scaling_run_measures_each_cohort_alone(tmp_path, capsys):
   run = tmp_path / "run"
-  assert execute(*SMALL, "--scaling_clients=4,16", f"--output_dir={run}") == 0
+  assert execute(*SMALL, f"--output_dir={run}") == 0
   found = lines(run / "scaling.jsonl")
   summary = json.loads((run / "summary.json").read_text())
   assert summary["task"] == "scaling" and summary["scaling"] == found
@@ -66,14 +67,13 @@ def test_a_scaling_run_measures_each_cohort_alone(tmp_path, capsys):
   assert (run / "figures" / "scaling.png").stat().st_size > 10_000
   # What is finished is not measured again.
   before = (run / "cohorts" / "none_16" / "summary.json").stat().st_mtime_ns
-  args = ("--scaling_clients=4,16", f"--output_dir={run}", "--resume")
-  assert execute(*SMALL, *args) == 0
+  assert execute(*SMALL, f"--output_dir={run}", "--resume") == 0
   after = (run / "cohorts" / "none_16" / "summary.json").stat().st_mtime_ns
   assert before == after and lines(run / "scaling.jsonl") == found
 
 
 def test_the_command_line_of_a_run_gives_its_config(tmp_path):
-  values = from_args(*SMALL, "--scaling_clients=4,16", "--local_steps=2")
+  values = from_args(*SMALL, "--local_steps=2")
   child = from_args(*scaling.arguments(values, "int8", 16, tmp_path))
   assert child.task == "train" and child.cohort_size == 16
   assert child.defense == ("int8",) and child.attack == ()
