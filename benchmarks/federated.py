@@ -123,8 +123,8 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
     whole,
   )
   state = algorithm.init(first)._replace(params=params)
-  store = client_state.on_device(client.init(params), clients)
-  state, held = jax.device_put((state, store.init()), whole)
+  store = client_state.make("device", client.init(params), clients, mesh)
+  state, held = jax.device_put(state, whole), store.open(store.init())
   # As there, the state's buffers become the next state's.
   round_fn = jax.jit(algorithm.round, donate_argnums=(0, 1))
   seconds, weights = [], {}

@@ -9,6 +9,7 @@ from absl import flags
 
 from mpqfl_jax import (
   aggregate,
+  client_state,
   datasets,
   distributed,
   errors,
@@ -21,7 +22,7 @@ from mpqfl_jax import (
 from mpqfl_jax import attacks as attacks_lib
 
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
-TASKS = ("train", "attack")
+TASKS = ("train", "attack", "scaling")
 ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
 KNOWLEDGE = ("blind", "adaptive")
 DATASETS = (*datasets.SAMPLES, *datasets.FULL_SETS)
@@ -34,7 +35,8 @@ def _define() -> None:
     "train",
     TASKS,
     "train: a federated run, attacked where"
-    " --attack is set; attack: invert the updates of given images.",
+    " --attack is set; attack: invert the updates of given images; scaling:"
+    " what a round costs against the number of its clients.",
   )
   f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
   f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")
@@ -64,7 +66,19 @@ def _define() -> None:
 
   f.DEFINE_string("model", "lenet_zhu", f"{', '.join(models.MODELS)}.")
   f.DEFINE_integer("num_clients", 100, "Clients in the population.", 1)
+  f.DEFINE_integer(
+    "client_examples",
+    None,
+    "Examples of a client, on average. Clients share examples where the set is"
+    " too small for all. Default: the set is divided once.",
+    1,
+  )
   f.DEFINE_integer("cohort_size", 10, "Clients that take part in a round.", 1)
+  f.DEFINE_string(
+    "scaling_clients",
+    "10,100,1000",
+    "Clients in a round that --task=scaling measures.",
+  )
   f.DEFINE_integer("rounds", 20, "Rounds of training.", 1)
   f.DEFINE_integer("local_epochs", 1, "A client's passes over its data.", 1)
   f.DEFINE_integer("local_steps", None, "Steps instead of epochs.", 1)
@@ -101,8 +115,27 @@ def _define() -> None:
   f.DEFINE_float(
     "dropout", 0.0, "Probability that an update does not arrive.", 0.0, 1.0
   )
+  f.DEFINE_float(
+    "straggler_deadline",
+    None,
+    "Batches that a client of median speed manages before the server stops"
+    " waiting for updates. Default: it waits for all.",
+    0.0,
+  )
+  f.DEFINE_float(
+    "straggler_sigma",
+    0.5,
+    "Deviation of the log of clients' slowness (straggler_deadline).",
+    0.0,
+  )
   f.DEFINE_string(
     "downlink", "none", "Codec of the broadcast model, as in --defense."
+  )
+  f.DEFINE_enum(
+    "client_state",
+    "auto",
+    client_state.WHERE,
+    "Where clients' states (scaffold, error feedback, static ranges) are kept.",
   )
   f.DEFINE_integer("eval_every", 1, "Rounds from one test to the next.", 1)
 
@@ -177,7 +210,9 @@ class Config:
   dirichlet_alpha: float
   model: str
   num_clients: int
+  client_examples: int | None
   cohort_size: int
+  scaling_clients: tuple[int, ...]
   rounds: int
   local_epochs: int
   local_steps: int | None
@@ -191,7 +226,10 @@ class Config:
   prox_mu: float
   aggregator: str
   dropout: float
+  straggler_deadline: float | None
+  straggler_sigma: float
   downlink: str
+  client_state: str
   eval_every: int
   defense: tuple[str, ...]
   delta: float
@@ -224,9 +262,8 @@ def from_flags(values: flags.FlagValues) -> Config:
 def _resolve(given: dict[str, Any]) -> Config:
   for name in ("defense", "attack", "attack_knowledge"):
     given[name] = tuple(specs.split(given[name]))
-  given["attack_rounds"] = _numbers(
-    "attack_rounds", str(given["attack_rounds"])
-  )
+  for name in ("attack_rounds", "scaling_clients"):
+    given[name] = _numbers(name, str(given[name]))
   config = Config(**given)
   _check(config)
   return config
@@ -305,10 +342,21 @@ def _check(config: Config) -> None:
       )
   elif config.coordinator_address is not None:
     raise errors.UserError(
-      "--task=attack runs in one process. Expected no --coordinator_address,"
-      " --num_processes and --process_id with it."
+      f"--task={config.task} runs in one process. Expected no"
+      " --coordinator_address, --num_processes and --process_id with it."
     )
-  elif not config.attack:
+  if config.task == "scaling":
+    most, least = max(config.scaling_clients), min(config.scaling_clients)
+    if not 1 <= least <= most <= config.num_clients:
+      raise errors.UserError(
+        f"--scaling_clients goes from {least} to {most}. Expected 1 to"
+        f" --num_clients={config.num_clients}."
+      )
+    if config.attack:
+      raise errors.UserError(
+        "--task=scaling attacks nothing. Expected no --attack."
+      )
+  if config.task == "attack" and not config.attack:
     raise errors.UserError(
       "--task=attack needs --attack. Expected one or more of"
       f" {', '.join(attacks_lib.ATTACKS)}."

@@ -9,12 +9,25 @@ import traceback
 from absl import app, flags, logging
 import jax
 
-from experiments import adversary, attack, config, folder, setting, train
+from experiments import (
+  adversary,
+  attack,
+  config,
+  folder,
+  scaling,
+  setting,
+  train,
+)
 from mpqfl_jax import distributed, errors, host
 from mpqfl_jax.report import html, tables
+from mpqfl_jax.report import scaling as scaling_report
 
-_TASKS = {"train": train.run, "attack": attack.run}
-_SHAPES = {"train": train.attacked_shapes, "attack": attack.attacked_shapes}
+_TASKS = {"train": train.run, "attack": attack.run, "scaling": scaling.run}
+_SHAPES = {
+  "train": train.attacked_shapes,
+  "attack": attack.attacked_shapes,
+  "scaling": train.attacked_shapes,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -125,6 +138,9 @@ def run(values: config.Config) -> pathlib.Path:
       {
         **dataclasses.asdict(values),
         "plan_resolved": built.plan._asdict(),
+        "client_state_resolved": {
+          name: place._asdict() for name, place in built.places.items()
+        },
         # Sums are in another order on another number of devices.
         "mesh_devices": built.mesh.devices.size,
         "dataset_source": built.data.source,
@@ -141,8 +157,12 @@ def run(values: config.Config) -> pathlib.Path:
   if not distributed.is_main():
     return run_dir
   folder.write_json(run_dir / "summary.json", summary)
-  page = html.write(run_dir)
-  print(f"{tables.markdown(summary)}\nThe report is {page}")
+  if values.task == "scaling":
+    page = scaling_report.write(run_dir)
+    table = scaling_report.markdown(summary["scaling"])
+  else:
+    page, table = html.write(run_dir), tables.markdown(summary)
+  print(f"{table}\nThe report is {page}")
   return run_dir
 
 

@@ -12,6 +12,7 @@ from experiments.config import Config, images
 from mpqfl_jax import (
   accounting,
   aggregate,
+  client_state,
   codecs,
   datasets,
   defenses,
@@ -29,7 +30,7 @@ from mpqfl_jax.types import Codec, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
 PARTITION, SAMPLING, NOISE_IMAGES = range(3)
-WEIGHTS, ROUNDS, ATTACKS, DOWNLINK = range(4)
+WEIGHTS, ROUNDS, ATTACKS, DOWNLINK, SPEEDS = range(5)
 
 
 class Setting(NamedTuple):
@@ -46,6 +47,7 @@ class Setting(NamedTuple):
     template: shapes of the parameters.
     protocol: what guarantees depend on beside their mechanisms.
     defenses: in the order of the flag.
+    places: defense -> where the states of its clients are kept.
     aggregator: how the server combines updates.
     rates: step sizes of clients and server by round.
     downlink: how the global model reaches the clients.
@@ -62,6 +64,7 @@ class Setting(NamedTuple):
   template: Params
   protocol: accounting.Protocol
   defenses: list[defenses.Defense]
+  places: dict[str, client_state.Place]
   aggregator: aggregate.Aggregator
   rates: federated.Rates
   downlink: Codec
@@ -141,6 +144,12 @@ def build(config: Config) -> Setting:
     template,
     protocol,
     built,
+    {
+      defense.spec: _place(
+        config, plan, mesh, client(config, training, defense), template
+      )
+      for defense in built
+    },
     aggregate.make(config.aggregator),
     federated.Rates(
       schedules.make(
@@ -212,14 +221,51 @@ def _downlink(config: Config, template: Params) -> Codec:
   return codecs.pair(codec) if config.algorithm == "scaffold" else codec
 
 
-def client(config: Config, built: Setting, defense: defenses.Defense):
+def _place(
+  config: Config,
+  plan: engine.Plan,
+  mesh: jax.sharding.Mesh,
+  side: federated.Client,
+  template: Params,
+) -> client_state.Place:
+  memory = mesh.local_devices[0].memory_stats() or {}
+  place = client_state.place(
+    config.client_state,
+    jax.eval_shape(side.init, template),
+    config.num_clients,
+    config.cohort_size,
+    # A robust aggregate, and clients all side by side, need the whole cohort.
+    config.cohort_size
+    if plan.size == 0 or aggregate.make(config.aggregator).combine
+    else plan.size * mesh.devices.size,
+    memory.get("bytes_limit"),
+  )
+  if place.name == "disk" and jax.process_count() > 1:
+    raise errors.UserError(
+      f"--client_state={config.client_state} keeps the clients' states"
+      f" ({place.num_bytes:,} bytes) in a file, which several processes cannot"
+      " share. Expected --client_state=host, or one process."
+    )
+  return place
+
+
+def client(
+  config: Config, training: local.LocalTraining, defense: defenses.Defense
+) -> federated.Client:
   """A client's side of the algorithm under one defence."""
   return federated.client(
-    built.training,
+    training,
     defense.transform,
     defense.codec,
     config.dropout,
     config.algorithm == "scaffold",
+    None
+    if config.straggler_deadline is None
+    else federated.Deadline(
+      config.straggler_deadline,
+      config.straggler_sigma,
+      key(config, SPEEDS),
+    ),
   )
 
 
@@ -245,6 +291,7 @@ def _population(config: Config, data: datasets.Dataset) -> partition.Partition:
     data.y_train,
     config.num_clients,
     rng(config, PARTITION),
+    config.client_examples,
     **options,
   )
 

@@ -75,6 +75,8 @@ def of_run(
   # Linux counts in KiB, macOS in bytes.
   unit = 1 if sys.platform == "darwin" else 1024
   rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  stats = jax.local_devices()[0].memory_stats() or {}
+  device = stats.get("peak_bytes_in_use")
   return {
     "task": config.task,
     "test_accuracy": first["test_accuracy"],
@@ -85,6 +87,7 @@ def of_run(
     "seconds": time.perf_counter() - begin,
     "compile_seconds": sum(e["compile_seconds"] for e in entries.values()),
     "peak_rss_mb": rss / 2**20,
+    "peak_device_mb": None if device is None else device / 2**20,
     "defenses": entries,
     "references": references,
   }

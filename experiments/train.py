@@ -20,6 +20,7 @@ from mpqfl_jax import (
   engine,
   federated,
   sharding,
+  streaming,
 )
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples, PyTree, RoundAux
@@ -140,7 +141,7 @@ def _train(
 ) -> tuple[dict[str, Any], list[observations.Watched]]:
   """Trains under one defence, from its newest checkpoint where there is one."""
   place = run_dir / "checkpoints" / folder.slug(defense.spec)
-  client = setting.client(config, built, defense)
+  client = setting.client(config, built.training, defense)
   algorithm = federated.federated(
     built.model,
     client,
@@ -153,8 +154,14 @@ def _train(
     built.mesh,
   )
   start_state = algorithm.init(setting.key(config, setting.WEIGHTS))
-  store = client_state.on_device(
-    client.init(start_state.params), config.num_clients
+  rows = run_dir / "client_states" / f"{folder.slug(defense.spec)}.rows"
+  name, _, _, block = built.places[defense.spec]
+  store = client_state.make(
+    name,
+    client.init(start_state.params),
+    config.num_clients,
+    built.mesh,
+    rows,
   )
   progress = Progress(
     start_state,
@@ -182,9 +189,10 @@ def _train(
   )
   done = int(start_round)
   if ready:
+    rows.unlink(missing_ok=True)
     return entry, kept
-  state, held = sharding.put((progress.state, progress.clients), built.mesh)
-  whole = jax.sharding.NamedSharding(built.mesh, jax.sharding.PartitionSpec())
+  state = sharding.put(progress.state, built.mesh)
+  held = store.open(progress.clients)
   rounds_key = setting.key(config, setting.ROUNDS)
   round_fn, compile_seconds = None, 0.0
   begin = time.perf_counter()
@@ -201,28 +209,19 @@ def _train(
     cohort = sample(config, built, round_number)
     ids = choose_watched(config, built, cohort, round_number)
     key = jax.random.fold_in(rounds_key, round_number)
-    args = sharding.put((cohort, ids, key), built.mesh)
-    states = store.gather(held, cohort.client_id)
-    variates = _watched_rows(states.variate, cohort, ids)
+    args = (state, held, examples, cohort, ids, key)
     if round_fn is None:
-      # The state's buffers become the next state's: whoever needs what was
-      # before the round has taken it by now. What comes out is whole on every
-      # device, so that each process can read what it needs.
-      step = jax.jit(
-        algorithm.round, donate_argnums=(0, 1), out_shardings=whole
-      )
-      round_fn = step.lower(state, states, examples, *args).compile()
+      round_fn = streaming.compiled(algorithm, store, block, built.mesh, *args)
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
-    state, states, aux = round_fn(state, states, examples, *args)
+    state, held, aux, before = round_fn(*args)
     clients = jax.device_get(aux.clients)
     if main and (ids >= 0).any():
       seen = _keep(
-        config, built, defense, cohort, ids, key, aux, variates, round_number
+        config, built, defense, cohort, ids, key, aux, before, round_number
       )
       observations.store(run_dir, seen)
       kept += seen
-    held = store.scatter(held, cohort.client_id, states)
     test = progress.test
     if round_number % config.eval_every == 0 or round_number == config.rounds:
       test = np.asarray(evaluate(state.params), np.float64)
@@ -262,7 +261,9 @@ def _train(
       round_number % config.checkpoint_every == 0
     )
     if due or round_number == config.rounds:
+      store.before_save()
       checkpoint.save(place, round_number, progress)
+      store.after_save()
   entry = {
     "test_accuracy": folder.number(progress.test[1]),
     "final_params_sha256": summary.params_sha256(state.params),
@@ -279,19 +280,8 @@ def _train(
   }
   if main:
     folder.write_json(finished, entry)
+  store.remove()
   return entry, kept
-
-
-def _watched_rows(
-  states: PyTree, cohort: Cohort, ids: np.ndarray
-) -> dict[int, PyTree]:
-  """The watched clients' rows of the cohort's states, on the host."""
-  return {
-    int(cohort.client_id[place]): jax.tree.map(
-      lambda leaf: np.asarray(leaf[place]), states
-    )
-    for place in np.flatnonzero(np.isin(cohort.client_id, ids))
-  }
 
 
 def _keep(
@@ -302,12 +292,12 @@ def _keep(
   ids: np.ndarray,
   key: jax.Array,
   aux: RoundAux,
-  variates: dict[int, PyTree],
+  before: dict[int, federated.ClientState],
   round_number: int,
 ) -> list[observations.Watched]:
   """What the server keeps of the watched clients whose updates arrived.
 
-  `variates` are their own control variates from before the round.
+  `before` are their states from before the round.
   """
   sent, payloads = jax.device_get((aux.broadcast, aux.payloads))
   arrived = np.asarray(aux.clients.arrived)
@@ -337,7 +327,7 @@ def _keep(
         learning_rate=float(sent.learning_rate),
         variates=None
         if config.algorithm != "scaffold"
-        else (sent.variate, variates[client]),
+        else (sent.variate, before[client].variate),
       )
     )
   return kept

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from mpqfl_jax import aggregate, errors, sharding, specs
+from mpqfl_jax import aggregate, errors, sharding, specs, trees
 from mpqfl_jax.types import (
   Array,
   Cohort,
@@ -166,17 +166,20 @@ class ClientReport(NamedTuple):
 
 
 class CohortResult(NamedTuple):
-  """The aggregate, the clients' new states, their report.
+  """The sum of the updates, the clients' new states, their report.
 
   Attributes:
-    update: the aggregate of the accepted updates, zero where there is none.
+    total: the accepted updates, each times its weight; a robust aggregate
+      times the weight of all.
+    weight: [] float32, of the accepted updates together.
     states: [clients, ...].
     report: of the clients.
     payloads: of the watched clients, leading axis [watched], zeros for one that
       is not in the cohort.
   """
 
-  update: Update
+  total: Update
+  weight: Array
   states: PyTree
   report: ClientReport
   payloads: Payload
@@ -191,6 +194,28 @@ def pad(cohort: Cohort, multiple: int) -> Cohort:
     cohort,
     fill,
   )
+
+
+def balanced(sizes: Array, width: int, devices: int) -> Array:
+  """An order in which clients side by side, and devices, have equal work.
+
+  Clients side by side wait for the largest of them, and devices for the one
+  with the most to do. So clients of like sizes stand together, the largest
+  first, and groups of them are dealt to the devices there and back again.
+
+  Args:
+    sizes: [clients] int32, a multiple of `devices * width`; 0 for padding.
+    width: clients side by side.
+    devices: each gets a contiguous share of the order.
+
+  Returns:
+    [clients] int32, places in `sizes`.
+  """
+  rounds = len(sizes) // (width * devices)
+  deal = np.arange(rounds * devices).reshape(rounds, devices)
+  deal[1::2] = deal[1::2, ::-1]
+  ranked = jnp.argsort(-sizes, stable=True).reshape(-1, width)
+  return ranked[deal.T.reshape(-1)].reshape(-1)
 
 
 def run_cohort(
@@ -210,7 +235,9 @@ def run_cohort(
 
   Returns:
     (broadcast, examples, cohort, states[clients, ...], watched[watched], key)
-    -> CohortResult. The cohort's length is free; it is padded inside.
+    -> CohortResult. The cohort's length is free, and its order: it is padded
+    and put into a `balanced` order inside, and what is reported is in the
+    order that it came in.
   """
 
   def turn(broadcast, examples, client, state, key):
@@ -271,13 +298,11 @@ def run_cohort(
       lambda leaf: leaf.reshape(count, *leaf.shape[1 + int(size > 1) :]),
       per_client,
     )
-    mean = aggregate.mean(
-      *sharding.ordered_sum((total, total_weight), AXIS, mesh.devices.size)
-    )
+    sums = sharding.ordered_sum((total, total_weight), AXIS, mesh.devices.size)
     # A client runs on one device: everywhere else its slot is zero, so that a
     # sum of bits hands the payload over exactly.
     slots = jax.tree.map(_psum_bits, slots)
-    return mean, (states, report, kept), slots
+    return sums, (states, report, kept), slots
 
   split, whole = PartitionSpec(AXIS), PartitionSpec()
   sharded = jax.shard_map(
@@ -301,13 +326,23 @@ def run_cohort(
       ),
       states,
     )
-    update, per_client, payloads = sharded(
+    # One client after another on one device leaves nothing to balance, and
+    # everybody at once neither.
+    order = None
+    if devices > 1 or 1 < size < count:
+      order = balanced(padded.size, size, devices)
+      padded, states = jax.tree.map(lambda leaf: leaf[order], (padded, states))
+    (total, weight), per_client, payloads = sharded(
       broadcast, examples, padded, states, watched, key
     )
+    if order is not None:
+      back = jnp.argsort(order)[:count]
+      per_client = jax.tree.map(lambda leaf: leaf[back], per_client)
     states, report, kept = jax.tree.map(lambda leaf: leaf[:count], per_client)
     if aggregator.combine is not None:
-      update = aggregator.combine(*kept)
-    return CohortResult(update, states, ClientReport(*report), payloads)
+      total = trees.scale(weight, aggregator.combine(*kept))
+    report = ClientReport(*report)
+    return CohortResult(total, weight, states, report, payloads)
 
   return run
 

@@ -22,6 +22,7 @@ from mpqfl_jax.types import (
   Params,
   PyTree,
   RoundAux,
+  RoundParts,
   UpdateTransform,
 )
 
@@ -86,6 +87,28 @@ class Client(NamedTuple):
   scaffold: bool
 
 
+class Deadline(NamedTuple):
+  """When the server stops waiting for the clients of a round.
+
+  A client's time is the batches that it went through, times its slowness. The
+  slowness is its own for good, log-normal, and 1 for the median client.
+
+  Attributes:
+    batches: what the median client manages in time.
+    sigma: standard deviation of the logarithm of the slowness.
+    key: of the population's slowness.
+  """
+
+  batches: float
+  sigma: float
+  key: Key
+
+  def is_met(self, client_id: Array, batches: Array) -> Array:
+    """Whether a client that went through `batches` is in time, [] bool."""
+    z = jax.random.normal(jax.random.fold_in(self.key, client_id))
+    return batches * jnp.exp(self.sigma * z) <= self.batches
+
+
 class Rates(NamedTuple):
   """The step sizes of clients and server, by round from 0."""
 
@@ -118,6 +141,7 @@ def client(
   codec: Codec,
   dropout: float = 0.0,
   scaffold: bool = False,
+  deadline: Deadline | None = None,
 ) -> Client:
   """What a client does in a round.
 
@@ -137,6 +161,7 @@ def client(
       `codecs.pair` of update and change of the variate.
     dropout: probability that what it sends does not arrive.
     scaffold: whether there are control variates.
+    deadline: after which nothing arrives; None where the server waits for all.
   """
 
   def init(params):
@@ -169,6 +194,8 @@ def client(
     arrived = who.size > 0
     if dropout:
       arrived &= ~jax.random.bernoulli(keys.dropout, dropout)
+    if deadline is not None:
+      arrived &= deadline.is_met(who.client_id, result.steps)
     return engine.ClientOutput(
       update=decoded,
       payload=payload,
@@ -260,35 +287,45 @@ def federated(
       jnp.int32(0),
     )
 
-  @jax.jit
-  def round(state, client_states, examples, cohort, watched, key):
+  def begin(state, key):
     params, variate, size = broadcast(
       downlink, state.params, state.variate, key
     )
     rate = jnp.float32(rates.client(state.round))
-    sent = Broadcast(params, variate, rate)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    total = (zeros, zeros) if client.scaffold else zeros
+    return Broadcast(params, variate, rate), size, (total, jnp.float32(0))
+
+  def block(sent, sums, client_states, examples, cohort, watched, key):
     result = run(sent, examples, cohort, client_states, watched, key)
-    update, variate = result.update, state.variate
+    sums = trees.add(sums, (result.total, result.weight))
+    return sums, result.states, result.report, result.payloads
+
+  def end(state, sums):
+    update, variate = aggregate.mean(*sums), state.variate
     if client.scaffold:
       update, change = update
-      took_part = jnp.sum(jnp.where(result.report.accepted, cohort.size, 0))
-      share = took_part.astype(jnp.float32) / num_examples
+      share = sums[1] / num_examples
       variate = trees.add(variate, trees.scale(share, change))
     rule = server_optimizer(jnp.float32(rates.server(state.round)))
     step, opt_state = rule.update(update, state.opt_state, state.params)
-    state = ServerState(
+    return ServerState(
       optax.apply_updates(state.params, step),
       variate,
       opt_state,
       state.round + 1,
     )
-    return (
-      state,
-      result.states,
-      RoundAux(result.report, result.payloads, sent, size),
-    )
 
-  return FederatedAlgorithm(init, round)
+  @jax.jit
+  def round(state, client_states, examples, cohort, watched, key):
+    sent, size, sums = begin(state, key)
+    sums, client_states, report, payloads = block(
+      sent, sums, client_states, examples, cohort, watched, key
+    )
+    aux = RoundAux(report, payloads, sent, size)
+    return end(state, sums), client_states, aux
+
+  return FederatedAlgorithm(init, round, RoundParts(begin, block, end))
 
 
 SERVER_OPTIMIZERS: dict[str, Callable] = {

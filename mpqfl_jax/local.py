@@ -220,6 +220,6 @@ def gradient(model: Model, schedule: Schedule) -> LocalTraining:
     total, loss = schedule.fold(step, start, key, offset, size, examples.order)
     count = jnp.maximum(size, 1).astype(jnp.float32)
     update = trees.scale(learning_rate / count, total)
-    return ClientResult(update, loss / count, jnp.minimum(size, 1))
+    return ClientResult(update, loss / count, schedule.num_steps(size))
 
   return train

@@ -3,6 +3,10 @@
 Every partition uses every example exactly once and is a function of the labels
 and of a NumPy `Generator` alone. It is stored as one permutation cut at
 offsets, because a list of a million arrays is slow to make and to walk.
+
+A population may need more examples than there are: `make` then deals the
+training set out again, as often as it takes, so that a million clients share
+the 60,000 images of MNIST. Only row numbers are repeated, never an image.
 """
 
 from collections.abc import Callable
@@ -15,14 +19,17 @@ from mpqfl_jax import errors, specs
 
 # Client ids travel as int32.
 _MAX_CLIENTS = 2**31 - 1
+# So do places in the order of examples.
+_MAX_EXAMPLES = 2**31 - 1
 
 
 class Partition(NamedTuple):
   """Client k holds the examples `order[offsets[k]:offsets[k + 1]]`.
 
   Attributes:
-    order: [examples], int64, a permutation of the rows of the training set.
-    offsets: [clients + 1], int64, from 0 to the number of examples.
+    order: [examples held], integer, rows of the training set: a permutation
+      of them, unless `make` was asked for more or fewer.
+    offsets: [clients + 1], int64, from 0 to the number of examples held.
   """
 
   order: np.ndarray
@@ -198,15 +205,25 @@ def make(
   labels: np.ndarray,
   num_clients: int,
   rng: np.random.Generator,
+  client_examples: int | None = None,
   **params: float,
 ) -> Partition:
-  """Partitions by name.
+  """Partitions by name, after sharing out the examples to be divided.
+
+  Where the clients are to hold more examples than there are, the set is dealt
+  out again: each row comes up q or q + 1 times in all, those q + 1 times drawn
+  at random, and the copies are then divided as if they were different. Two
+  copies of a row mostly go to different clients; one client gets both as often
+  as chance has it.
 
   Args:
     name: a key of `PARTITIONS`.
     labels: [examples], integers.
     num_clients: number of clients.
     rng: source of all randomness.
+    client_examples: how many examples a client holds, on average where sizes
+      are unequal. None divides each example once, and as often as it takes to
+      leave no client without one.
     **params: the named partition's own parameters.
 
   Returns:
@@ -217,9 +234,41 @@ def make(
   """
   if name not in PARTITIONS:
     raise errors.unknown_name("partition", name, PARTITIONS)
-  return specs.call(
-    f"partition {name}", PARTITIONS[name], params, labels, num_clients, rng
+  _check(labels, num_clients, 0.0)
+  if client_examples is None:
+    total = max(len(labels), num_clients)
+  else:
+    total = num_clients * client_examples
+  if not 1 <= total <= _MAX_EXAMPLES:
+    raise errors.UserError(
+      f"{num_clients} clients of {client_examples} examples are {total} in all."
+      f" Expected 1 to {_MAX_EXAMPLES}, as places are int32."
+    )
+  rows = _rows(len(labels), total, rng)
+  part = specs.call(
+    f"partition {name}",
+    PARTITIONS[name],
+    params,
+    labels if rows is None else labels[rows],
+    num_clients,
+    rng,
   )
+  return part if rows is None else part._replace(order=rows[part.order])
+
+
+def _rows(
+  have: int, wanted: int, rng: np.random.Generator
+) -> np.ndarray | None:
+  """[wanted] int32: rows of which none comes up twice more than another.
+
+  None stands for every row once.
+  """
+  if wanted == have:
+    return None
+  whole, rest = divmod(wanted, have)
+  once = np.arange(have, dtype=np.int32)
+  some = np.sort(rng.choice(once, rest, replace=False))
+  return np.concatenate([*[once] * whole, some])
 
 
 def _check(labels: np.ndarray, num_clients: int, size_sigma: float) -> None:

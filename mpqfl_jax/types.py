@@ -79,7 +79,7 @@ class ClientResult(NamedTuple):
   Attributes:
     update: params - local params, float32.
     loss: [] float32, the mean loss over the examples it visited.
-    steps: [] int32, how many steps it took.
+    steps: [] int32, how many batches it went through.
   """
 
   update: Update
@@ -104,6 +104,22 @@ class RoundAux(NamedTuple):
   downlink_bytes: Array
 
 
+class RoundParts(NamedTuple):
+  """A round in three steps, for a cohort that is run block by block.
+
+  Attributes:
+    begin: (server_state, key) -> (what the clients get, its bytes, an empty
+      sum of updates).
+    block: (what the clients get, sum, client_states, examples, cohort, watched,
+      key) -> (sum, client_states, `engine.ClientReport`, payloads).
+    end: (server_state, sum) -> server_state.
+  """
+
+  begin: Callable[..., tuple[PyTree, Array, PyTree]]
+  block: Callable[..., tuple[PyTree, PyTree, Any, Payload]]
+  end: Callable[[PyTree, PyTree], PyTree]
+
+
 class FederatedAlgorithm(NamedTuple):
   """Federated training as two pure functions.
 
@@ -115,10 +131,12 @@ class FederatedAlgorithm(NamedTuple):
       of the population are kept is a `client_state.Store`'s affair. Watching
       changes nothing: the program is the same whoever is watched, -1 for
       nobody.
+    parts: the round in three steps, for a cohort that runs in blocks.
   """
 
   init: Callable[[Key], PyTree]
-  round: Callable[..., tuple[PyTree, RoundAux]]
+  round: Callable[..., tuple[PyTree, PyTree, RoundAux]]
+  parts: RoundParts
 
 
 class UpdateTransform(NamedTuple):

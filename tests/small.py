@@ -82,6 +82,7 @@ def algorithm(
   dropout: float = 0.0,
   downlink: str = "none",
   scaffold: bool = False,
+  deadline: federated.Deadline | None = None,
   net: Model | None = None,
   sizes: np.ndarray = SIZES,
 ) -> Rounds:
@@ -91,7 +92,12 @@ def algorithm(
   if scaffold:
     up, down = codecs.pair(up), codecs.pair(down)
   client = federated.client(
-    training, transform or transforms.identity(), up, dropout, scaffold
+    training,
+    transform or transforms.identity(),
+    up,
+    dropout,
+    scaffold,
+    deadline,
   )
   name, server_lr = server
   built = federated.federated(
@@ -105,7 +111,7 @@ def algorithm(
     engine.plan(plan, "cpu"),
     engine.mesh(devices),
   )
-  store = client_state.on_device(client.init(params), len(sizes))
+  store = client_state.make("device", client.init(params), len(sizes))
 
   def init(key):
     return built.init(key), store.init()

@@ -1,14 +1,17 @@
 """Plans and devices agree; watching and padding change nothing."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from mpqfl_jax import engine, errors, federated, local, precision, transforms
+from mpqfl_jax.types import ClientResult, Cohort
 from tests import small
 
 IDS = [3, 9, 0, 1, 7, 10, 4]
@@ -93,6 +96,88 @@ def test_weighted_mean_equals_numpy():
   state, _ = _round()
   want = jax.tree.map(lambda p, t: p - t / weight, params, total)
   _assert_equal(state.params, want, atol=1e-6)
+
+
+def _executed_steps(sizes, plan, devices):
+  """Steps times clients side by side, counted as the host is called."""
+  calls, lock = [], threading.Lock()
+
+  def count(values):
+    with lock:
+      calls.append(np.size(values))
+    return np.asarray(values)
+
+  def training(params, examples, offset, size, key, rate, drift=None):
+    del examples, offset, key, rate, drift
+
+    def body(step, total):
+      # Called once for all clients side by side, those that wait included.
+      return jax.pure_callback(
+        count,
+        jax.ShapeDtypeStruct((), jnp.float32),
+        total + step,
+        vmap_method="broadcast_all",
+      )
+
+    loss = jax.lax.fori_loop(0, size, body, jnp.float32(0))
+    update = jax.tree.map(jnp.zeros_like, params)
+    return ClientResult(update, loss, size)
+
+  algorithm = small.algorithm(training, plan, devices)
+  cohort = Cohort(
+    jnp.arange(len(sizes)) % len(small.SIZES),
+    jnp.zeros(len(sizes), jnp.int32),
+    jnp.asarray(sizes, jnp.int32),
+  )
+  _, aux = algorithm.round(
+    algorithm.init(jax.random.key(0)),
+    small.examples(),
+    cohort,
+    NOBODY,
+    jax.random.key(5),
+  )
+  # What was computed is what each client asked for, in the cohort's order.
+  want = sizes * (sizes - 1) / 2
+  np.testing.assert_array_equal(aux.clients.loss, want)
+  return sum(calls)
+
+
+@pytest.mark.parametrize(
+  "plan, devices, most",
+  [
+    ("loop", 1, 1.0),
+    ("loop", 4, 1.0),
+    ("chunk(size=4)", 1, 1.2),
+    ("chunk(size=4)", 2, 1.2),
+  ],
+)
+def test_little_is_spent_on_padding(plan, devices, most):
+  rng = np.random.default_rng(0)
+  sizes = np.floor(np.exp(rng.normal(1.5, 1.0, 61))).astype(int) + 1
+  steps = _executed_steps(sizes, plan, devices)
+  assert steps <= most * sizes.sum()
+  if devices == 1 and plan != "loop":
+    # In the order that they came in it would have been much more.
+    chunks = np.pad(sizes, (0, 3)).reshape(-1, 4)
+    assert steps < 0.7 * 4 * chunks.max(1).sum()
+    ranked = np.sort(np.pad(sizes, (0, 3)))[::-1].reshape(-1, 4)
+    assert steps == 4 * ranked.max(1).sum()
+
+
+@pytest.mark.parametrize("width, devices", [(1, 3), (4, 2), (2, 8), (16, 1)])
+def test_devices_get_equal_work(width, devices):
+  rng = np.random.default_rng(1)
+  count = width * devices * 9
+  sizes = np.floor(np.exp(rng.normal(2.0, 1.0, count))).astype(np.int32)
+  sizes[-5:] = 0
+  order = np.asarray(engine.balanced(jnp.asarray(sizes), width, devices))
+  assert sorted(order) == list(range(count))
+  work = sizes[order].reshape(devices, -1, width).max(2).sum(1)
+  given = sizes.reshape(devices, -1, width).max(2).sum(1)
+  # There and back again, shares differ by less than the largest group.
+  assert np.ptp(work) <= sizes.max()
+  assert work.max() <= given.max()
+  assert width == 1 or work.max() < 0.8 * given.max()
 
 
 def test_a_clients_part_does_not_depend_on_its_place():
@@ -250,6 +335,51 @@ def test_dropout_has_its_rate():
   n = 60 * len(small.SIZES)
   # Four standard errors: a false alarm in one of 15,000 seeds.
   assert abs(dropped / n - 0.3) < 4 * np.sqrt(0.3 * 0.7 / n)
+
+
+def test_stragglers_are_as_many_as_the_distribution_says():
+  """P(n exp(sigma z) <= deadline) = Phi(log(deadline / n) / sigma)."""
+  ids = jnp.arange(20_000)
+  for batches, limit, sigma in ((4, 6.0, 0.5), (10, 6.0, 0.8)):
+    deadline = federated.Deadline(limit, sigma, jax.random.key(3))
+    met = jax.vmap(lambda i: deadline.is_met(i, jnp.int32(batches)))(ids)
+    share = stats.norm.cdf(np.log(limit / batches) / sigma)
+    # Four standard errors.
+    error = np.sqrt(share * (1 - share) / len(ids))
+    assert abs(np.mean(met) - share) < 4 * error
+
+
+def test_the_same_clients_are_late_in_every_round():
+  deadline = federated.Deadline(2.0, 0.7, jax.random.key(1))
+  algorithm = small.algorithm(_training(), deadline=deadline)
+  state = algorithm.init(jax.random.key(0))
+  seen = []
+  for r in range(3):
+    last = state
+    state, aux = algorithm.round(
+      state,
+      small.examples(),
+      small.cohort(IDS),
+      NOBODY,
+      jax.random.fold_in(jax.random.key(2), r),
+    )
+    seen.append(np.asarray(aux.clients.arrived).tolist())
+  assert seen[0] == seen[1] == seen[2] and 0 < sum(seen[0]) < len(IDS)
+  batches = -(-small.SIZES[IDS] // 3)
+  slowness = [
+    np.exp(0.7 * float(jax.random.normal(jax.random.fold_in(deadline.key, i))))
+    for i in IDS
+  ]
+  assert seen[0] == (batches * slowness <= 2.0).tolist()
+  there = [c for c, ok in zip(IDS, seen[0], strict=True) if ok]
+  clean, _ = _algorithm("loop", 1).round(
+    last,
+    small.examples(),
+    small.cohort(there),
+    NOBODY,
+    jax.random.fold_in(jax.random.key(2), 2),
+  )
+  _assert_equal(state[0].params, clean[0].params, atol=1e-6)
 
 
 def test_clients_start_from_the_decoded_broadcast():

@@ -241,7 +241,8 @@ def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
   args = (
     *SMALL,
     "--rounds=2",
-    "--cohort_size=400",
+    "--num_clients=100",
+    "--cohort_size=100",
     "--algorithm=scaffold",
     "--defense=none,int8",
     "--attack=analytic",

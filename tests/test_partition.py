@@ -40,19 +40,22 @@ def counts(part: partition.Partition, labels: np.ndarray) -> np.ndarray:
   num_clients=st.integers(1, 120),
   seed=st.integers(0, 2**32 - 1),
 )
-def test_every_example_is_used_exactly_once(
+def test_every_example_is_used_once_or_as_often_as_it_takes(
   name, params, labels, num_clients, seed
 ):
   labels = np.array(labels)
   part = partition.make(
     name, labels, num_clients, np.random.default_rng(seed), **params
   )
-  assert part.order.dtype == part.offsets.dtype == np.int64
-  np.testing.assert_array_equal(np.sort(part.order), np.arange(len(labels)))
+  held = max(len(labels), num_clients)
+  uses = np.bincount(part.order, minlength=len(labels))
+  assert len(uses) == len(labels) and uses.sum() == held
+  assert uses.min() >= 1 and np.ptp(uses) <= 1
+  assert part.offsets.dtype == np.int64
   assert part.offsets.shape == (num_clients + 1,)
   assert part.offsets[0] == 0
-  assert part.offsets[-1] == len(labels)
-  assert (part.sizes >= (1 if num_clients <= len(labels) else 0)).all()
+  assert part.offsets[-1] == held
+  assert (part.sizes >= 1).all()
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
@@ -90,8 +93,13 @@ def test_very_many_clients(name, params, num_examples, num_clients):
     name, labels, num_clients, np.random.default_rng(0), **params
   )
   assert part.num_clients == num_clients
-  assert part.sizes.sum() == num_examples
-  empty = np.count_nonzero(part.sizes == 0)
+  assert part.sizes.sum() == max(num_examples, num_clients)
+  assert part.sizes.min() >= 1
+  divided = partition.PARTITIONS[name](
+    labels, num_clients, np.random.default_rng(0), **params
+  )
+  assert divided.sizes.sum() == num_examples
+  empty = np.count_nonzero(divided.sizes == 0)
   assert (empty > 0) == (num_clients > num_examples)
 
 
@@ -244,3 +252,49 @@ def test_a_mistake_is_one_clear_line(name, num_clients, params, message):
 def test_no_examples_is_a_mistake():
   with pytest.raises(errors.UserError, match="no examples"):
     partition.iid(np.array([], int), 3, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", list(partition.PARTITIONS))
+@pytest.mark.parametrize("clients, each", [(700, None), (50, 9), (2000, 2)])
+def test_clients_share_examples_where_there_are_too_few(name, clients, each):
+  labels = np.arange(300) % 7
+  part = partition.make(
+    name, labels, clients, np.random.default_rng(3), client_examples=each
+  )
+  total = clients * (each or 1)
+  assert len(part.order) == part.offsets[-1] == total
+  assert part.sizes.min() >= 1
+  uses = np.bincount(part.order, minlength=300)
+  assert set(uses) <= {total // 300, total // 300 + 1}
+  if name == "iid":
+    assert set(part.sizes) == {each or 1}
+  if name == "shards" and each:
+    # Two shards of one label, or of two where a shard crosses a border.
+    kinds = [len(set(labels[part.client(k)])) for k in range(clients)]
+    assert max(kinds) <= 4 and np.mean(kinds) < 2.5
+
+
+def test_fewer_examples_than_there_are():
+  labels = np.arange(300) % 7
+  part = partition.make(
+    "iid", labels, 10, np.random.default_rng(0), client_examples=4
+  )
+  assert len(set(part.order)) == 40 and set(part.sizes) == {4}
+
+
+def test_dividing_once_draws_as_before():
+  labels = np.arange(300) % 7
+  made = partition.make("iid", labels, 10, np.random.default_rng(0))
+  direct = partition.iid(labels, 10, np.random.default_rng(0))
+  np.testing.assert_array_equal(made.order, direct.order)
+
+
+def test_more_places_than_int32_holds():
+  with pytest.raises(errors.UserError, match="int32"):
+    partition.make(
+      "iid",
+      np.zeros(9, int),
+      10**6,
+      np.random.default_rng(0),
+      client_examples=3000,
+    )

@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from experiments import folder
+from experiments import config, folder, setting
+from mpqfl_jax import client_state, trees
 from tests.test_experiments import SMALL, execute, lines
 
 RUN = (
@@ -23,6 +24,21 @@ RUN = (
   "--attack=dlg(iterations=2)",
   "--attack_rounds=1,3",
   "--server_optimizer=adam",
+)
+
+
+# Clients that carry a control variate, residuals and a range from round to
+# round; checkpoints between which clients come twice.
+STATES = (
+  *SMALL,
+  "--rounds=7",
+  "--checkpoint_every=2",
+  "--num_clients=30",
+  "--cohort_size=12",
+  "--dropout=0.2",
+  "--algorithm=scaffold",
+  "--defense=int4(error_feedback=True,range=static)",
+  "--client_lr_schedule=cosine(warmup=2)",
 )
 
 
@@ -108,15 +124,98 @@ def test_overwrite_and_resume_contradict(tmp_path, capfd):
   assert "contradict" in capfd.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def with_states(tmp_path_factory):
+  run = tmp_path_factory.mktemp("states") / "run"
+  args = (f"--output_dir={run}", "--client_state=device")
+  assert execute(*STATES, *args) == 0
+  return run
+
+
+@pytest.mark.parametrize("where", ["disk", "host"])
+def test_states_off_the_device_resume_to_the_same_bits(
+  where, with_states, tmp_path, monkeypatch
+):
+  run = tmp_path / "run"
+  args = (*STATES, f"--output_dir={run}", f"--client_state={where}")
+  real = folder.append_line
+  # Before the first checkpoint, a round after one, and right at one.
+  for stop in (1, 3, 5, 6):
+
+    def append_then_stop(path, value, stop=stop):
+      real(path, value)
+      if value["round"] == stop:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "append_line", append_then_stop)
+    assert execute(*args, "--resume") == 130
+  monkeypatch.undo()
+  rows = list((run / "client_states").glob("*")) if where == "disk" else [1]
+  assert len(rows) == 1
+  assert execute(*args, "--resume") == 0
+  assert _ends(run) == _ends(with_states)
+  if where == "disk":
+    assert list((run / "client_states").glob("*")) == []
+    largest = max(
+      sum(file.stat().st_size for file in step.rglob("*") if file.is_file())
+      for step in (run / "checkpoints").glob("*/step_*")
+    )
+    # Two models in float32, Adam-free, and a few bytes a client.
+    parameters = json.loads((run / "config.json").read_text())["parameters"]
+    assert largest < 2.5 * 4 * parameters
+  resolved = json.loads((run / "config.json").read_text())
+  (place,) = resolved["client_state_resolved"].values()
+  assert place["name"] == where and place["num_bytes"] > 0
+
+
+def test_blocks_of_clients_make_the_same_round(tmp_path, monkeypatch):
+  """Five clients at a time, twelve in a round, wherever their states are."""
+  # A client's state is its control variate: a model in float32.
+  row = 4 * trees.size(setting.build(config.make(model="mlp")).template)
+
+  def run(name, where, block):
+    monkeypatch.setattr(client_state, "BLOCK_BYTES", block * row)
+    place = tmp_path / name
+    args = (
+      f"--output_dir={place}",
+      f"--client_state={where}",
+      "--devices=1",
+      "--rounds=4",
+      "--local_steps=1",
+      "--defense=none",
+      "--attack=analytic",
+      "--attack_rounds=3",
+    )
+    assert execute(*STATES, *args) == 0
+    resolved = json.loads((place / "config.json").read_text())
+    assert resolved["client_state_resolved"]["none"]["block"] == block
+    return _ends(place)
+
+  device, disk = run("device", "device", 5), run("disk", "disk", 5)
+  assert device == disk
+  # The programs differ, and so may the last bit.
+  whole = run("whole", "device", 12)
+  assert len(whole[3]) > 0
+  for part in (2, 3):
+    for mine, other in zip(whole[part], device[part], strict=True):
+      assert mine.pop("epsilon", None) == other.pop("epsilon", None)
+      assert other == pytest.approx(mine, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments(whole, tmp_path):
+@pytest.mark.parametrize("kind, wanted", [("attacked", 20), ("states", 8)])
+def test_killed_at_random_moments(kind, wanted, whole, with_states, tmp_path):
   """kill -9, again and again: the run goes on each time."""
   run = tmp_path / "run"
+  args, end = {
+    "attacked": (RUN, whole),
+    "states": ((*STATES, "--client_state=disk"), with_states),
+  }[kind]
   command = [
     sys.executable,
     "-m",
     "experiments.main",
-    *RUN,
+    *args,
     f"--output_dir={run}",
     "--resume",
   ]
@@ -126,7 +225,7 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
     process = subprocess.Popen(
       command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    if kills == 20:
+    if kills == wanted:
       break
     try:
       _, err = process.communicate(timeout=rng.uniform(3.0, longest))
@@ -142,4 +241,4 @@ def test_killed_at_twenty_random_moments(whole, tmp_path):
     assert time.monotonic() - begin < 1200
   _, err = process.communicate(timeout=900)
   assert process.returncode == 0, err.decode()
-  assert _ends(run) == _ends(whole)
+  assert _ends(run) == _ends(end)

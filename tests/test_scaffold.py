@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mpqfl_jax import codecs, local, precision, transforms, wire
-from mpqfl_jax.types import ClientResult, Model
+from mpqfl_jax.types import ClientResult, Cohort, Model
 from tests import small
 
 # Client i minimises a_i / 2 (x - b_i)^2; SIZES tells it apart by its offset.
@@ -45,7 +45,7 @@ def _quadratic(params, examples, offset, size, key, rate, drift=None):
 def _cohort(ids):
   ids = np.asarray(ids)
   places = (ids, OFFSET[ids], WEIGHT[ids])
-  return small.Cohort._make(jnp.asarray(p, jnp.int32) for p in places)
+  return Cohort._make(jnp.asarray(p, jnp.int32) for p in places)
 
 
 def _run(cohorts, scaffold=True, **options):

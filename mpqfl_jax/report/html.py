@@ -1,6 +1,5 @@
 """One self-contained page for a run: `report.html`."""
 
-import base64
 from collections.abc import Iterator
 import json
 import pathlib
@@ -73,7 +72,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  environment.filters["data_uri"] = _data_uri
+  environment.filters["data_uri"] = tables.data_uri
   environment.filters["units"] = _units
   environment.filters["breakable"] = _breakable
   table = tables.rows(run.summary)
@@ -216,10 +215,6 @@ def _values(lines: list[dict[str, Any]], name: str) -> list[Any]:
 def _share(lines: list[dict[str, Any]], name: str) -> str:
   values = _values(lines, name)
   return f"{sum(values)} of {len(values)}" if values else tables.MISSING
-
-
-def _data_uri(path: pathlib.Path) -> str:
-  return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _units(text: str) -> str:

@@ -1,6 +1,8 @@
 """The main table of a run, as rows of text and as Markdown."""
 
+import base64
 from collections.abc import Sequence
+import pathlib
 from typing import Any, NamedTuple
 
 from mpqfl_jax.report import records
@@ -127,6 +129,11 @@ def markdown(summary: dict[str, Any]) -> str:
   head = [getattr(HEADINGS, name) for name in columns]
   rule = [":--" if name in left else "--:" for name in columns]
   return "".join(f"| {' | '.join(r)} |\n" for r in [head, rule, *body])
+
+
+def data_uri(path: pathlib.Path) -> str:
+  """A PNG file as the address of an embedded image."""
+  return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def percent(share: float | None) -> str:

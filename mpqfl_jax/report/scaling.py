@@ -1,0 +1,178 @@
+"""The page and the figure of a `scaling` run: cost against clients."""
+
+from collections.abc import Callable, Iterator
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib import ticker
+import numpy as np
+
+from mpqfl_jax import errors
+from mpqfl_jax.report import style, tables
+
+
+class Panel(NamedTuple):
+  """One quantity of the figure and of the table.
+
+  Attributes:
+    key: in a line of `scaling.jsonl`.
+    heading: with its unit.
+    text: value -> as the table has it.
+    grows: whether it must grow with the clients; else it had better be flat.
+  """
+
+  key: str
+  heading: str
+  text: Callable[[float], str]
+  grows: bool
+
+
+_plain = ticker.FuncFormatter(
+  lambda v, _: f"{v:,g}" if v < 1e6 else f"{v / 1e6:,.0f} M"
+)
+
+
+def _significant(value: float) -> str:
+  digits = max(0, 2 - int(np.floor(np.log10(value)))) if value > 0 else 0
+  return f"{value:,.{digits}f}"
+
+
+PANELS = (
+  Panel("seconds_per_round", "Seconds a round", _significant, True),
+  Panel(
+    "client_updates_per_second", "Client updates a second", _significant, False
+  ),
+  Panel("uplink_bytes", "Uplink, bytes a round", lambda v: f"{v:,.0f}", True),
+  Panel("peak_rss_mb", "Peak memory, MB", lambda v: f"{v:,.0f}", False),
+)
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+  """The table in GitHub's dialect, ending in a newline.
+
+  Args:
+    lines: of `scaling.jsonl`.
+  """
+  head = ["Defense", "Clients a round", *(p.heading for p in PANELS)]
+  rule = [":--", *["--:"] * (len(head) - 1)]
+  return "".join(
+    f"| {' | '.join(row)} |\n" for row in [head, rule, *_rows(lines)]
+  )
+
+
+def _rows(lines: list[dict[str, Any]]) -> Iterator[list[str]]:
+  for line in lines:
+    yield [
+      line["defense"],
+      f"{line['clients']:,}",
+      *(p.text(line[p.key]) for p in PANELS),
+    ]
+
+
+def sentences(lines: list[dict[str, Any]]) -> Iterator[str]:
+  """What the fewest clients a round cost against the most, by defence."""
+  for defense in dict.fromkeys(line["defense"] for line in lines):
+    mine = sorted(
+      (line for line in lines if line["defense"] == defense),
+      key=lambda line: line["clients"],
+    )
+    few, many = mine[0], mine[-1]
+    if few is many:
+      continue
+    cost = few["client_updates_per_second"] / many["client_updates_per_second"]
+    memory = many["peak_rss_mb"] / few["peak_rss_mb"]
+    yield (
+      f"{defense}: from {few['clients']:,} to {many['clients']:,} clients a"
+      f" round, a client takes {cost:.2f} times the time and the process"
+      f" {memory:.2f} times the memory."
+    )
+
+
+def write(run_dir: str | pathlib.Path) -> pathlib.Path:
+  """Draws the figure of a `scaling` run and writes its page.
+
+  Args:
+    run_dir: the folder of a finished run.
+
+  Returns:
+    Path of `report.html`; the figure is in `figures/scaling.png` and embedded.
+
+  Raises:
+    UserError: the folder holds no finished `scaling` run.
+  """
+  folder = pathlib.Path(run_dir)
+  summary = json.loads((folder / "summary.json").read_text())
+  config = json.loads((folder / "config.json").read_text())
+  lines = summary.get("scaling")
+  if not lines:
+    raise errors.UserError(
+      f"{folder / 'summary.json'} has no figures; expected the summary of a"
+      " scaling task."
+    )
+  (folder / "figures").mkdir(exist_ok=True)
+  image = folder / "figures" / "scaling.png"
+  draw(lines).savefig(image)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  text = environment.get_template("scaling.html").render(
+    config=config,
+    headings=[p.heading for p in PANELS],
+    image=tables.data_uri(image),
+    rows=list(_rows(lines)),
+    sentences=list(sentences(lines)),
+    plan=lines[0]["plan"],
+    devices=lines[0]["devices"],
+  )
+  path = folder / "report.html"
+  path.write_text(text, encoding="utf-8")
+  return path
+
+
+def draw(lines: list[dict[str, Any]]):
+  """Four panels over the clients of a round.
+
+  What should be flat has an axis from zero, which does not blow up its noise.
+
+  Args:
+    lines: of `scaling.jsonl`.
+
+  Returns:
+    The figure.
+  """
+  fig = style.new_figure(8.6, 6.2)
+  looks = style.styles(dict.fromkeys(line["defense"] for line in lines))
+  for ax, panel in zip(fig.subplots(2, 2).flat, PANELS, strict=True):
+    style.clean(ax)
+    for defense, look in looks.items():
+      mine = [line for line in lines if line["defense"] == defense]
+      ax.plot(
+        [line["clients"] for line in mine],
+        [line[panel.key] for line in mine],
+        color=look.color,
+        marker=look.marker,
+        markersize=6,
+        linewidth=1.5,
+        label=look.label,
+      )
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(_plain)
+    if panel.grows:
+      ax.set_yscale("log")
+      ax.yaxis.set_major_formatter(_plain)
+    else:
+      ax.set_ylim(0, 1.15 * max(line[panel.key] for line in lines))
+    ax.set_title(panel.heading, fontsize=10, loc="left", color=style.INK)
+    ax.set_xlabel("Clients a round (log)", fontsize=9, color=style.INK)
+  if len(looks) > 1:
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(
+      handles, labels, loc="outside upper right", ncols=4, frameon=False
+    )
+  return fig
