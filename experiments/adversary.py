@@ -79,7 +79,7 @@ def attack_all(
 
 def make(
   spec: str, model: Model, shape: tuple[int, int], auxiliary: np.ndarray
-) -> attacks.Attack:
+) -> attacks.AnyAttack:
   """The attack that a flag names, for updates of one shape.
 
   Raises:
@@ -274,7 +274,7 @@ def without_drift(
 def _attack(
   config: Config,
   built: setting.Setting,
-  attack: attacks.Attack,
+  attack: attacks.AnyAttack,
   label: str,
   knowledge: str,
   watched: Sequence[observations.Watched],
@@ -304,6 +304,7 @@ def _attack(
       "mse": metrics.mse(x, image),
       "psnr_db": metrics.psnr_db(x, image),
       "ssim": metrics.ssim(x, image),
+      "ms_ssim": metrics.ms_ssim(x, image),
     }
     again = metrics.reidentified(x, image, pool.astype(np.float32))
     for j, row in enumerate(w.rows):
@@ -326,6 +327,7 @@ def _attack(
         "seconds": found.seconds / sum(len(v.rows) for v in watched),
         **{name: folder.number(value[j]) for name, value in scores.items()},
         "label_correct": bool(guess[j] == y[j]),
+        "label_accuracy": metrics.label_accuracy(y, guess),
         "reidentified": bool(again[j]),
       }
       folder.append_line(run_dir / "attacks.jsonl", line)

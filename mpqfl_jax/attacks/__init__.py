@@ -10,15 +10,17 @@ import inspect
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import analytic, dlg, inverting_gradients
+from mpqfl_jax.attacks import analytic, dlg, inverting_gradients, rgap
 from mpqfl_jax.attacks import map as map_attack
-from mpqfl_jax.attacks.core import Attack, simulate
+from mpqfl_jax.attacks.core import AnyAttack, Attack, Direct, simulate
 from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
 from mpqfl_jax.types import Model
 
 __all__ = [
   "ATTACKS",
+  "AnyAttack",
   "Attack",
+  "Direct",
   "Interrupted",
   "Reconstruction",
   "make",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 # name -> (constructor, one line with its source)
-ATTACKS: dict[str, tuple[Callable[..., Attack], str]] = {
+ATTACKS: dict[str, tuple[Callable[..., AnyAttack], str]] = {
   "dlg": (dlg.dlg, "Deep Leakage from Gradients, Zhu et al. 2019"),
   "idlg": (dlg.idlg, "Improved DLG: label first, Zhao et al. 2020"),
   "inverting_gradients": (
@@ -37,6 +39,10 @@ ATTACKS: dict[str, tuple[Callable[..., Attack], str]] = {
   "analytic": (
     analytic.analytic,
     "quotients of a dense first layer, Phong et al. 2018",
+  ),
+  "rgap": (
+    rgap.rgap,
+    "recursive closed form, layer by layer, Zhu and Blaschko 2021",
   ),
   "map": (
     map_attack.maximum_a_posteriori,
@@ -53,7 +59,7 @@ def make(
   batch: int = 1,
   auxiliary: np.ndarray | None = None,
   **params,
-) -> Attack:
+) -> AnyAttack:
   """Builds an attack by name.
 
   Args:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpqfl_jax import errors, models, trees
 from mpqfl_jax.types import (
@@ -50,6 +51,45 @@ class Attack(NamedTuple):
   images: int
   iterations: int
   restarts: int
+
+
+class Answer(NamedTuple):
+  """What an attack without a search on the device finds.
+
+  Attributes:
+    x: [images, height, width, channels] float32 in [0, 1].
+    labels: [images] int32.
+    objective: how well the update is explained; lower is better.
+    iterations: steps taken.
+  """
+
+  x: np.ndarray
+  labels: np.ndarray
+  objective: float
+  iterations: int
+
+
+class Direct(NamedTuple):
+  """An attack that answers at once, on the host: linear algebra, a network.
+
+  Attributes:
+    name: the name that flags and result files use.
+    solve: (key, observation without leading axes) -> Answer.
+    check: as for `Attack`.
+    images: number of images in one client's update, steps * batch.
+    iterations: what one call of `solve` counts for in a progress bar.
+    restarts: default number of calls, of which the best counts.
+  """
+
+  name: str
+  solve: Callable[[Key, Observation], Answer]
+  check: Callable[[Observation], None]
+  images: int
+  iterations: int = 1
+  restarts: int = 1
+
+
+AnyAttack = Attack | Direct
 
 
 def simulate(
