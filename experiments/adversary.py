@@ -139,6 +139,13 @@ def auxiliary_images(
   return np.asarray(x[free[:MAX_AUXILIARY]])
 
 
+def threat(label: str) -> str:
+  """Which server an attack takes: one that keeps to the protocol, or not."""
+  name = specs.parse(label)[0]
+  malicious = name in attacks.MALICIOUS
+  return "malicious_server" if malicious else "honest_but_curious"
+
+
 def attack_label(config: Config, spec: str) -> str:
   """An attack's name in result files: short where that tells them apart."""
   name = specs.parse(spec)[0]
@@ -312,6 +319,7 @@ def _attack(
         "defense": w.defense.spec,
         "attack": label,
         "knowledge": knowledge,
+        "threat": threat(label),
         "dataset": config.dataset,
         "model": config.model,
         "image": f"{w.split}:{row}",

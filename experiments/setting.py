@@ -12,6 +12,7 @@ from experiments.config import Config, images
 from mpqfl_jax import (
   accounting,
   aggregate,
+  attacks,
   codecs,
   datasets,
   defenses,
@@ -25,6 +26,7 @@ from mpqfl_jax import (
   schedules,
   specs,
 )
+from mpqfl_jax.attacks import imprint
 from mpqfl_jax.types import Codec, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
@@ -79,8 +81,11 @@ def key(config: Config, stream: int) -> jax.Array:
 
 
 def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
-  """The config's model for a data set, in one form of convolution."""
-  return models.make(
+  """The config's model for a data set, in one form of convolution.
+
+  A malicious server's module is in it where an attack asks for that.
+  """
+  net = models.make(
     config.model,
     image_shape(data),
     len(data.class_names),
@@ -88,6 +93,20 @@ def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
     data.std,
     conv,
   )
+  for spec in config.attack:
+    name, options = specs.parse(spec)
+    if name in attacks.MALICIOUS:
+      bins = options.get("bins", imprint.BINS)
+      net = imprint.implant(net, bins, _not_attacked(config, data))
+  return net
+
+
+def _not_attacked(config: Config, data: datasets.Dataset) -> np.ndarray:
+  """Training images that the task `attack` does not invert."""
+  split, rows = images(config.attack_images)
+  if split == "test":
+    return data.x_train
+  return np.delete(data.x_train, np.s_[rows.start : rows.stop], axis=0)
 
 
 def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:

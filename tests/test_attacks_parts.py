@@ -252,7 +252,7 @@ def test_one_label_is_the_one_that_brute_force_finds(label):
   x = jax.random.uniform(jax.random.key(1), (1, 1, 4, 4, 3))
   update = core.simulate(model, params, x, jnp.array([[label]]), 0.1)
   observation = types.Observation(params, update, None, None, jnp.float32(0.1))
-  inferred = labels.infer(model, observation, 1, 1)
+  inferred = labels.infer(model, observation, core.Work())
   assert inferred.tolist() == [[label]]
   # Brute force: which label's update, for the true image, is the observed one.
   errors_ = [
@@ -279,7 +279,7 @@ def test_label_counts_of_batches():
       params, update, None, None, jnp.float32(0.1)
     )
     counts = np.bincount(
-      labels.infer(model, observation, 1, 8)[0], minlength=10
+      labels.infer(model, observation, core.Work(1, 8))[0], minlength=10
     )
     truth = np.bincount(y[0], minlength=10)
     right += np.minimum(counts, truth).sum()

@@ -10,19 +10,29 @@ import inspect
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import analytic, dlg, inverting_gradients, rgap
+from mpqfl_jax.attacks import (
+  analytic,
+  core,
+  deep_image_prior,
+  dlg,
+  imprint,
+  inverting_gradients,
+  rgap,
+)
 from mpqfl_jax.attacks import map as map_attack
-from mpqfl_jax.attacks.core import AnyAttack, Attack, Direct, simulate
+from mpqfl_jax.attacks.core import AnyAttack, Attack, Direct, Work, simulate
 from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
 from mpqfl_jax.types import Model
 
 __all__ = [
   "ATTACKS",
+  "MALICIOUS",
   "AnyAttack",
   "Attack",
   "Direct",
   "Interrupted",
   "Reconstruction",
+  "Work",
   "make",
   "run",
   "simulate",
@@ -36,6 +46,18 @@ ATTACKS: dict[str, tuple[Callable[..., AnyAttack], str]] = {
     inverting_gradients.inverting_gradients,
     "cosine distance and total variation, Geiping et al. 2020",
   ),
+  "tag": (
+    inverting_gradients.tag,
+    "squared and absolute distance, Deng et al. 2021",
+  ),
+  "gradinversion": (
+    inverting_gradients.gradinversion,
+    "group consistency over starts, Yin et al. 2021",
+  ),
+  "deep_image_prior": (
+    deep_image_prior.deep_image_prior,
+    "weights of an untrained generator, Jeong et al. 2021",
+  ),
   "analytic": (
     analytic.analytic,
     "quotients of a dense first layer, Phong et al. 2018",
@@ -44,11 +66,19 @@ ATTACKS: dict[str, tuple[Callable[..., AnyAttack], str]] = {
     rgap.rgap,
     "recursive closed form, layer by layer, Zhu and Blaschko 2021",
   ),
+  "imprint": (
+    imprint.imprint,
+    "a malicious server's module in the model, Fowl et al. 2022",
+  ),
   "map": (
     map_attack.maximum_a_posteriori,
     "likelihood of the payload and image prior, as Balunovic et al. 2022",
   ),
 }
+
+# Attacks of a server that changes the model, a stronger adversary than the
+# honest-but-curious one of all others.
+MALICIOUS = frozenset({"imprint"})
 
 
 def make(
@@ -57,6 +87,7 @@ def make(
   *,
   steps: int = 1,
   batch: int = 1,
+  epochs: int = 1,
   auxiliary: np.ndarray | None = None,
   **params,
 ) -> AnyAttack:
@@ -66,8 +97,9 @@ def make(
     name: one of `ATTACKS`.
     model: the classifier under attack; on a CPU `conv="slices"` is the fastest
       form for its second derivatives.
-    steps: local steps of the observed clients.
+    steps: local steps of the observed clients in an epoch.
     batch: images in a step.
+    epochs: passes over these steps.
     auxiliary: [images, height, width, channels] uint8, images of the training
       split that are disjoint from the attacked ones; ignored by attacks that
       have no use for them.
@@ -94,4 +126,4 @@ def make(
       )
     if param not in known:
       raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
-  return constructor(model, steps, batch, **params)
+  return constructor(model, core.Work(steps, batch, epochs), **params)

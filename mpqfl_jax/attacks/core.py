@@ -24,6 +24,38 @@ from mpqfl_jax.types import (
 )
 
 
+class Work(NamedTuple):
+  """What the observed client is known to have done.
+
+  Attributes:
+    steps: local steps in an epoch.
+    batch: images in a step.
+    epochs: passes over the same steps.
+  """
+
+  steps: int = 1
+  batch: int = 1
+  epochs: int = 1
+
+  @property
+  def images(self) -> int:
+    """Different images behind the update."""
+    return self.steps * self.batch
+
+  @property
+  def single(self) -> bool:
+    """Whether it is one step on one image."""
+    return self == (1, 1, 1)
+
+  def batches(self, x: Array) -> Array:
+    """[images, ...] as [steps, batch, ...]."""
+    return x.reshape(self.steps, self.batch, *x.shape[1:])
+
+  def __str__(self) -> str:
+    epochs = f" in {self.epochs} epochs" if self.epochs > 1 else ""
+    return f"{self.steps} steps of {self.batch} images{epochs}"
+
+
 class Attack(NamedTuple):
   """A gradient-inversion attack as plain functions of one observation.
 
@@ -98,6 +130,7 @@ def simulate(
   x: Array,
   labels: Array,
   learning_rate: Array | float,
+  epochs: int = 1,
 ) -> Update:
   """The update that a client would send that trained on the given images.
 
@@ -106,12 +139,18 @@ def simulate(
   averaging). The update is the sum of the steps taken, which loses nothing to
   the cancellation in `params - local`.
 
+  Every epoch goes through the same batches in the same order. A client that
+  draws new batches in each epoch is simulated exactly where all its images make
+  one batch, and else up to the order, which the server does not see (Dimitrov
+  et al. 2022, section 4).
+
   Args:
     model: the classifier.
     params: where the client started.
     x: [steps, batch, height, width, channels] in [0, 1].
     labels: [steps, batch] int32, or [steps, batch, classes] probabilities.
     learning_rate: the client's step size.
+    epochs: passes over the steps.
 
   Returns:
     params minus local params, a pytree like `params`.
@@ -122,7 +161,7 @@ def simulate(
 
   gradient = jax.grad(loss)
   total: Any = None
-  for images, targets in zip(x, labels, strict=True):
+  for images, targets in list(zip(x, labels, strict=True)) * epochs:
     local = params if total is None else trees.subtract(params, total)
     step = trees.scale(learning_rate, gradient(local, images, targets))
     total = step if total is None else trees.add(total, step)
@@ -142,23 +181,35 @@ def to_images(model: Model, z: Array) -> Array:
   return z.reshape(-1, *model.image_shape) * model.std + model.mean
 
 
-def check_labels(observation: Observation, steps: int, batch: int) -> None:
+def check_labels(observation: Observation, work: Work) -> None:
   """Refuses labels of another shape than the attack was built for.
 
   Args:
     observation: with or without leading axes.
-    steps: local steps that the attack simulates.
-    batch: images in a step.
+    work: what the attack simulates.
 
   Raises:
     UserError: the labels' shape is another.
   """
   labels = observation.labels
-  if labels is not None and labels.shape[-2:] != (steps, batch):
+  if labels is not None and labels.shape[-2:] != (work.steps, work.batch):
     raise errors.UserError(
-      f"the attack was built for {steps} steps of {batch} images, and the"
-      f" observation's labels have shape {tuple(labels.shape)}; give `steps`"
-      " and `batch` of the observed client."
+      f"the attack was built for {work}, and the observation's labels have"
+      f" shape {tuple(labels.shape)}; give `steps` and `batch` of the observed"
+      " client."
+    )
+
+
+def check_single(name: str, work: Work) -> None:
+  """Refuses more than one step on one image.
+
+  Raises:
+    UserError: there is more.
+  """
+  if not work.single:
+    raise errors.UserError(
+      f"attack {name!r} takes back one image of one step; this update comes"
+      f" from {work}. Use dlg, inverting_gradients or map."
     )
 
 

@@ -422,9 +422,7 @@ def invert(
   return x * model.std + model.mean, label
 
 
-def rgap(
-  model: Model, steps: int = 1, batch: int = 1, *, noise: float = 1e-7
-) -> core.Direct:
+def rgap(model: Model, work: core.Work, *, noise: float = 1e-7) -> core.Direct:
   """R-GAP: recursive closed-form inversion of a plain stack of layers.
 
   Zhu and Blaschko 2021, algorithm 1, with several classes instead of two and
@@ -433,19 +431,14 @@ def rgap(
 
   Args:
     model: the classifier that was attacked.
-    steps: local steps of the client; only 1.
-    batch: images in a step; only 1.
+    work: what the client did; only one step on one image.
     noise: relative error of the gradients that a blind adversary expects; the
       default is that of float32 sums.
 
   Raises:
     UserError: more than one image or step, or a noise that is no such number.
   """
-  if steps * batch != 1:
-    raise errors.UserError(
-      "attack 'rgap' takes back one image of one step; this update comes from"
-      f" {steps} steps of {batch}. Use dlg, inverting_gradients or map."
-    )
+  core.check_single("rgap", work)
   if not 0 < noise < 1:
     raise errors.UserError(
       f"attack 'rgap': noise={noise}, expected a number between 0 and 1."
@@ -470,7 +463,7 @@ def rgap(
     return core.Answer(x, labels, float(distance(x, labels, observation)), 1)
 
   def check(observation: Observation) -> None:
-    core.check_labels(observation, steps, batch)
+    core.check_labels(observation, work)
     for c in constraints(model, observation.params):
       if c.weight + c.gradient < c.unknowns:
         raise errors.UserError(

@@ -92,6 +92,8 @@ def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
     out.append(f"{joined('local_steps')} local step{plural}")
   if values("weights"):
     out.append(f"{joined('weights')} weights")
+  if "malicious_server" in values("threat"):
+    out.append("a malicious server, which changed the model")
   for known in values("labels_known"):
     out.append("labels known" if known else "labels inferred")
   if values("iterations"):
