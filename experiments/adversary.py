@@ -278,6 +278,23 @@ def without_drift(
   return update, Bins(lower, upper, bins.variance[0], bins.stochastic[0])
 
 
+def _channel(w: observations.Watched):
+  """The defence as an attacker who knows it can apply it to own updates.
+
+  A client's state of its codec or transform, such as error feedback, is not
+  known to it: it takes that of a first round.
+  """
+  transform, codec = w.defense.transform, w.defense.codec
+
+  def channel(key, update):
+    noise, rounding = jax.random.split(key)
+    update, _ = transform.apply(noise, update, transform.init(w.params))
+    payload, _ = codec.encode(rounding, update, codec.init(w.params))
+    return codec.decode(payload)
+
+  return channel
+
+
 def _attack(
   config: Config,
   built: setting.Setting,
@@ -300,6 +317,7 @@ def _attack(
     setting.key(config, setting.ATTACKS),
     restarts=restarts,
     devices=list(built.mesh.local_devices),
+    channel=_channel(watched[0]) if knowledge == "adaptive" else None,
   )
   lines: list[dict[str, Any]] = []
   kept: dict[int, list[tuple]] = {}

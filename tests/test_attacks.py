@@ -286,6 +286,8 @@ def test_results_do_not_depend_on_lanes_chunks_or_company(name):
     options = {}
   elif name == "deep_image_prior":
     options["width"] = 8
+  elif name == "learning_to_invert":
+    options |= {"hidden": 16, "training_batch": 8}
   attack = attacks.make(name, model, auxiliary=AUXILIARY, **options)
   run = lambda o, **kw: attacks.run(  # noqa: E731
     attack, o, jax.random.key(5), progress=False, **kw
@@ -382,7 +384,7 @@ def _answers(objectives):
   """A direct attack whose answers have these objectives, one after another."""
   calls = iter(objectives)
 
-  def solve(key, observation):
+  def solve(observation, given):
     value = next(calls)
     if value is None:
       raise KeyboardInterrupt

@@ -48,6 +48,16 @@ def two_leaves(seed=0):
   }
 
 
+def test_absolute_distance_counts_first_layers_most():
+  v = {"a": jnp.array([2.0, -1.0]), "b": jnp.array([4.0])}
+  u = {"a": jnp.array([2.5, -1.0]), "b": jnp.array([3.0])}
+  # Two layers: weights 1 and 1/2 on |0.5| and |1|, over 3 and 4.
+  absolute = (0.5 + 0.5 * 1) / (3 + 0.5 * 4)
+  want = (0.25 + 1) / (4 + 1 + 16) + 0.1 * absolute
+  got = objectives.squared_and_absolute(u, seen(v))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("knowledge", ["blind", "nearest", "stochastic"])
 @pytest.mark.parametrize(
   "name", [*sorted(objectives.OBJECTIVES), "log_likelihood"]

@@ -17,6 +17,7 @@ from mpqfl_jax.attacks import (
   dlg,
   imprint,
   inverting_gradients,
+  learning_to_invert,
   rgap,
 )
 from mpqfl_jax.attacks import map as map_attack
@@ -65,6 +66,10 @@ ATTACKS: dict[str, tuple[Callable[..., AnyAttack], str]] = {
   "rgap": (
     rgap.rgap,
     "recursive closed form, layer by layer, Zhu and Blaschko 2021",
+  ),
+  "learning_to_invert": (
+    learning_to_invert.learning_to_invert,
+    "a network trained on auxiliary images, Wu et al. 2023",
   ),
   "imprint": (
     imprint.imprint,

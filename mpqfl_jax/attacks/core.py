@@ -101,23 +101,40 @@ class Answer(NamedTuple):
   iterations: int
 
 
+# What a defence makes of an update: (key, update) -> the update as decoded.
+Channel = Callable[[Key, Update], Update]
+
+
+class Help(NamedTuple):
+  """What a direct attack is given beside the observation.
+
+  Attributes:
+    key: of this restart, the same for all observations.
+    channel: the defence, with fresh randomness for each key, for an adversary
+      who knows it; None where it is not known.
+    told: takes a few words on how far the attack is, for a progress bar.
+  """
+
+  key: Key
+  channel: Channel | None
+  told: Callable[[str], None]
+
+
 class Direct(NamedTuple):
-  """An attack that answers at once, on the host: linear algebra, a network.
+  """An attack that answers on the host: linear algebra, a trained network.
 
   Attributes:
     name: the name that flags and result files use.
-    solve: (key, observation without leading axes) -> Answer.
+    solve: (observation without leading axes, help) -> Answer.
     check: as for `Attack`.
     images: number of images in one client's update, steps * batch.
-    iterations: what one call of `solve` counts for in a progress bar.
     restarts: default number of calls, of which the best counts.
   """
 
   name: str
-  solve: Callable[[Key, Observation], Answer]
+  solve: Callable[[Observation, Help], Answer]
   check: Callable[[Observation], None]
   images: int
-  iterations: int = 1
   restarts: int = 1
 
 

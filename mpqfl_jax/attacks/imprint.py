@@ -124,8 +124,8 @@ def imprint(model: Model, work: core.Work, *, bins: int = BINS) -> core.Direct:
       found.append((outside, np.clip(x, 0, 1)))
     return sorted(found, key=lambda pair: pair[0])
 
-  def solve(key: Key, observation: Observation) -> core.Answer:
-    del key  # There is nothing random in it.
+  def solve(observation: Observation, given: core.Help) -> core.Answer:
+    del given  # There is nothing random in it.
     found = candidates(observation)[: work.images]
     x = np.full((work.images, *model.image_shape), 0.5, np.float32)
     for i, (_, image) in enumerate(found):

@@ -31,7 +31,7 @@ import scipy.sparse
 from mpqfl_jax import errors
 from mpqfl_jax.attacks import core, objectives
 from mpqfl_jax.attacks import labels as labels_lib
-from mpqfl_jax.types import Array, Key, Layer, Model, Observation, Params
+from mpqfl_jax.types import Array, Layer, Model, Observation, Params
 
 # Share of the prior's deviation below which the gradient constraints alone are
 # taken to determine a layer's input.
@@ -455,8 +455,8 @@ def rgap(model: Model, work: core.Work, *, noise: float = 1e-7) -> core.Direct:
     )
     return objectives.squared(update, observation)
 
-  def solve(key: Key, observation: Observation) -> core.Answer:
-    del key  # There is nothing random in it.
+  def solve(observation: Observation, given: core.Help) -> core.Answer:
+    del given  # There is nothing random in it.
     image, label = invert(model, observation, noise)
     x = np.clip(image, 0, 1).astype(np.float32)[None]
     labels = np.array([label], np.int32)

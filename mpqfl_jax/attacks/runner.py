@@ -190,6 +190,7 @@ def _ask(
   host: Observation,
   key: Key,
   restarts: int,
+  channel: core.Channel | None,
   progress: bool | None,
 ) -> Reconstruction:
   """Asks a direct attack about every observation, one after the other."""
@@ -213,10 +214,9 @@ def _ask(
 
   known: list[core.Answer] = []
   bar = tqdm.tqdm(
-    total=n * restarts * attack.iterations,
+    total=n * restarts,
     desc=attack.name,
-    unit="it",
-    unit_scale=True,
+    unit="update",
     disable=None if progress is None else not progress,
     leave=False,
   )
@@ -225,14 +225,17 @@ def _ask(
       for row in range(n):
         observation = jax.tree.map(lambda a: a[row], host)
         for restart in range(restarts):
-          start = jax.random.fold_in(jax.random.fold_in(key, row), restart)
-          answer = attack.solve(start, observation)
+          of_restart = jax.random.fold_in(key, restart)
+          answer = attack.solve(
+            observation,
+            core.Help(of_restart, channel, bar.set_postfix_str),
+          )
           known.append(answer)
           steps[row] += answer.iterations
           old = best[row]
           if old is None or answer.objective < old.objective:
             best[row] = answer
-          bar.update(attack.iterations)
+          bar.update()
   except KeyboardInterrupt:
     if known:
       raise Interrupted(result()) from None
@@ -249,6 +252,7 @@ def run(
   devices: Sequence[jax.Device] | None = None,
   width: int | None = None,
   chunk: int = 100,
+  channel: core.Channel | None = None,
   progress: bool | None = None,
 ) -> Reconstruction:
   """Attacks every observation and keeps the best by objective.
@@ -266,6 +270,9 @@ def run(
     width: lanes on each device, vectorised; default 1 on a CPU, where a
       lockstep costs more than it gains, else 32.
     chunk: iterations between two looks at the host.
+    channel: the defence that the updates went through, for attacks that learn
+      from updates of their own; give the same object again to reuse what was
+      learned.
     progress: True or False shows or hides the progress bar; None shows it where
       the output is a terminal.
 
@@ -282,7 +289,7 @@ def run(
   host = _on_host(observations)
   attack.check(jax.tree.map(lambda a: a[0], host))
   if isinstance(attack, core.Direct):
-    return _ask(attack, host, key, restarts, progress)
+    return _ask(attack, host, key, restarts, channel, progress)
   n = jax.tree.leaves(host.update)[0].shape[0]
   total = n * restarts
   lanes_count = min(len(devices) * width, total)
