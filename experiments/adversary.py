@@ -78,7 +78,7 @@ def attack_all(
 
 
 def make(
-  spec: str, model: Model, shape: tuple[int, int], auxiliary: np.ndarray
+  spec: str, model: Model, shape: attacks.Work, auxiliary: np.ndarray
 ) -> attacks.AnyAttack:
   """The attack that a flag names, for updates of one shape.
 
@@ -89,15 +89,16 @@ def make(
   return attacks.make(
     name,
     model,
-    steps=shape[0],
-    batch=shape[1],
+    steps=shape.steps,
+    batch=shape.batch,
+    epochs=shape.epochs,
     auxiliary=auxiliary,
     **options,
   )
 
 
 def check(
-  config: Config, built: setting.Setting, shapes: Iterable[tuple[int, int]]
+  config: Config, built: setting.Setting, shapes: Iterable[attacks.Work]
 ) -> None:
   """Refuses an attack that cannot do what it will be asked to.
 
@@ -117,7 +118,7 @@ def check(
       attack = make(
         spec, built.model, shape, built.data.x_train[:FEW_AUXILIARY]
       )
-      labels = jnp.zeros(shape, jnp.int32) if config.labels_known else None
+      labels = jnp.zeros(shape[:2], jnp.int32) if config.labels_known else None
       attack.check(
         Observation(zeros, zeros, None, labels, jnp.float32(config.client_lr))
       )
@@ -171,7 +172,8 @@ def _known(
       line["attack"] == label
       and line["knowledge"] == knowledge
       and line["defense"] == watched[0].defense.spec
-      and (line["local_steps"], line["batch_size"]) == watched[0].shape
+      and (line["local_steps"], line["batch_size"], line["local_epochs"])
+      == watched[0].shape
     )
     if mine:
       lines.append(line)
@@ -220,7 +222,7 @@ def _observe(
     params=w.params,
     update=update,
     bins=bins,
-    labels=labels.reshape(w.shape) if config.labels_known else None,
+    labels=labels.reshape(w.shape[:2]) if config.labels_known else None,
     learning_rate=jnp.float32(w.learning_rate),
   )
 
@@ -247,7 +249,7 @@ def without_drift(
   """
   assert w.variates is not None
   server, own = w.variates
-  way = np.float32(w.shape[0] * w.learning_rate)
+  way = np.float32(w.shape.steps * w.shape.epochs * w.learning_rate)
   known = jax.tree.map(lambda c, ci: way * (c - ci), server, own)
   update = trees.subtract(pair[0], known)
   if bins is None:
@@ -343,8 +345,9 @@ def _attack(
         "image": f"{w.split}:{row}",
         "client": w.client,
         "round": w.round,
-        "batch_size": w.shape[1],
-        "local_steps": w.shape[0],
+        "batch_size": w.shape.batch,
+        "local_steps": w.shape.steps,
+        "local_epochs": w.shape.epochs,
         "labels_known": config.labels_known,
         "weights": "initial" if w.round <= 1 else "trained",
         "iterations": int(found.iterations[i]),
@@ -383,7 +386,8 @@ def _keep(run_dir, label, knowledge, round_number, parts) -> None:
     recovered_label=guess,
     client=clients,
   )
-  batch = "x".join(str(n) for n in parts[0][-1].shape)
+  shape = parts[0][-1].shape
+  batch = "x".join(str(n) for n in shape[: 2 + (shape.epochs > 1)])
   name = "_".join(
     (
       folder.slug(label),

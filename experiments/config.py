@@ -291,6 +291,16 @@ def _check(config: Config) -> None:
       " that clients get, which other attacks and training do not expect."
       f" Expected --task=attack with --attack={malicious[0]} alone."
     )
+  if (
+    "learning_to_invert" in names
+    and "adaptive" in config.attack_knowledge
+    and config.algorithm == "scaffold"
+  ):
+    raise errors.UserError(
+      "--attack=learning_to_invert with --attack_knowledge=adaptive makes"
+      " updates of its own under the defence, and knows no control variates."
+      " Expected another --algorithm than scaffold."
+    )
   if config.overwrite and config.resume:
     raise errors.UserError(
       "--overwrite and --resume contradict each other. Expected one of them."

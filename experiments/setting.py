@@ -279,11 +279,6 @@ def _one_client_an_update(
       f"--attack_images={config.attack_images}, but the {split} split of"
       f" {config.dataset} has {have} images. Expected rows 0 to {have - 1}."
     )
-  if config.local_epochs > 1:
-    raise errors.UserError(
-      f"--local_epochs={config.local_epochs} shows an image in more than one"
-      " step, which the attacks do not model. Expected --local_epochs=1."
-    )
   size = config.batch_size * (config.local_steps or 1)
   if len(rows) % size:
     raise errors.UserError(
@@ -297,20 +292,23 @@ def _one_client_an_update(
 
 def update_shape(
   config: Config, schedule: local.Schedule, size: int
-) -> tuple[int, int] | None:
+) -> attacks.Work | None:
   """What an attacker knows of how a client of `size` examples trained.
 
   Returns:
-    (local steps, images in each); None where batches are ragged or images come
-    up again in a later step, which the attacks do not model.
+    Its steps, images in each, and epochs; None where batches of one epoch
+    differ in size or the last epoch is not whole, which the attacks do not
+    model.
   """
   if size == 0:
     return None
   if config.algorithm == "fed_sgd":
-    return 1, size
+    return attacks.Work(1, size)
   steps = int(schedule.num_steps(jnp.int32(size)))
-  if steps == 1:
-    return 1, min(size, schedule.batch_size)
-  if size >= steps * schedule.batch_size:
-    return steps, schedule.batch_size
+  batch = min(size, schedule.batch_size)
+  if size >= steps * batch:
+    return attacks.Work(steps, batch)
+  epoch = -(-size // batch)
+  if size % batch == 0 and steps % epoch == 0:
+    return attacks.Work(epoch, batch, steps // epoch)
   return None
