@@ -275,8 +275,16 @@ def test_inverting_gradients_takes_back_a_multi_step_batch():
   np.testing.assert_array_equal(found.labels[0], y.reshape(-1))
 
 
+# These share their search with others here.
+_ALIKE = ("idlg", "tag", "deep_image_prior")
+
+
 @pytest.mark.parametrize(
-  "name", sorted(attacks.ATTACKS.keys() - attacks.MALICIOUS)
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in _ALIKE else [])
+    for name in sorted(attacks.ATTACKS.keys() - attacks.MALICIOUS)
+  ],
 )
 def test_results_do_not_depend_on_lanes_chunks_or_company(name):
   model = small_model()
