@@ -117,8 +117,9 @@ def test_simulate_many_epochs_is_what_a_client_sends():
   y = jnp.array([0, 3, 1])
   examples = types.Examples(x.astype(jnp.uint8), y, jnp.arange(3))
   schedule = local.Schedule(batch_size=4, max_examples=3, epochs=3)
-  train = local.sgd(model, optax.sgd(0.2), schedule)
-  sent = train(params, examples, jnp.int32(0), jnp.int32(3), jax.random.key(0))
+  train = local.sgd(model, optax.sgd, schedule)
+  start, size = jnp.int32(0), jnp.int32(3)
+  sent = train(params, examples, start, size, jax.random.key(0), 0.2)
   update = attacks.simulate(model, params, x[None] / 255, y[None], 0.2, 3)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
@@ -165,10 +166,11 @@ def test_members_are_drawn_to_their_mean():
     attack = attacks.make("gradinversion", model, consistency=consistency)
     state = attack.init(jax.random.key(0), one)
     step = jax.jit(attack.step)
-    for _ in range(40):
+    # Early on: in the end, all of them find the one solution.
+    for _ in range(10):
       state, _ = step(state, one)
     apart.append(float(jnp.std(state.v, 0).mean()))
-  assert apart[1] < 0.3 * apart[0]
+  assert apart[1] < 0.5 * apart[0]
 
 
 def test_statistics_of_batches_that_no_model_keeps_are_refused():
