@@ -78,8 +78,8 @@ def attack_all(
 
 
 def make(
-  spec: str, model: Model, shape: tuple[int, int], auxiliary: np.ndarray
-) -> attacks.Attack:
+  spec: str, model: Model, shape: attacks.Work, auxiliary: np.ndarray
+) -> attacks.AnyAttack:
   """The attack that a flag names, for updates of one shape.
 
   Raises:
@@ -89,15 +89,16 @@ def make(
   return attacks.make(
     name,
     model,
-    steps=shape[0],
-    batch=shape[1],
+    steps=shape.steps,
+    batch=shape.batch,
+    epochs=shape.epochs,
     auxiliary=auxiliary,
     **options,
   )
 
 
 def check(
-  config: Config, built: setting.Setting, shapes: Iterable[tuple[int, int]]
+  config: Config, built: setting.Setting, shapes: Iterable[attacks.Work]
 ) -> None:
   """Refuses an attack that cannot do what it will be asked to.
 
@@ -117,7 +118,7 @@ def check(
       attack = make(
         spec, built.model, shape, built.data.x_train[:FEW_AUXILIARY]
       )
-      labels = jnp.zeros(shape, jnp.int32) if config.labels_known else None
+      labels = jnp.zeros(shape[:2], jnp.int32) if config.labels_known else None
       attack.check(
         Observation(zeros, zeros, None, labels, jnp.float32(config.client_lr))
       )
@@ -137,6 +138,13 @@ def auxiliary_images(
   first = x[: MAX_AUXILIARY + len(attacked)]
   free = [i for i, image in enumerate(first) if image.tobytes() not in attacked]
   return np.asarray(x[free[:MAX_AUXILIARY]])
+
+
+def threat(label: str) -> str:
+  """Which server an attack takes: one that keeps to the protocol, or not."""
+  name = specs.parse(label)[0]
+  malicious = name in attacks.MALICIOUS
+  return "malicious_server" if malicious else "honest_but_curious"
 
 
 def attack_label(config: Config, spec: str) -> str:
@@ -164,7 +172,8 @@ def _known(
       line["attack"] == label
       and line["knowledge"] == knowledge
       and line["defense"] == watched[0].defense.spec
-      and (line["local_steps"], line["batch_size"]) == watched[0].shape
+      and (line["local_steps"], line["batch_size"], line["local_epochs"])
+      == watched[0].shape
     )
     if mine:
       lines.append(line)
@@ -213,7 +222,7 @@ def _observe(
     params=w.params,
     update=update,
     bins=bins,
-    labels=labels.reshape(w.shape) if config.labels_known else None,
+    labels=labels.reshape(w.shape[:2]) if config.labels_known else None,
     learning_rate=jnp.float32(w.learning_rate),
   )
 
@@ -240,7 +249,7 @@ def without_drift(
   """
   assert w.variates is not None
   server, own = w.variates
-  way = np.float32(w.shape[0] * w.learning_rate)
+  way = np.float32(w.shape.steps * w.shape.epochs * w.learning_rate)
   known = jax.tree.map(lambda c, ci: way * (c - ci), server, own)
   update = trees.subtract(pair[0], known)
   if bins is None:
@@ -271,10 +280,27 @@ def without_drift(
   return update, Bins(lower, upper, bins.variance[0], bins.stochastic[0])
 
 
+def _channel(w: observations.Watched):
+  """The defence as an attacker who knows it can apply it to own updates.
+
+  A client's state of its codec or transform, such as error feedback, is not
+  known to it: it takes that of a first round.
+  """
+  transform, codec = w.defense.transform, w.defense.codec
+
+  def channel(key, update):
+    noise, rounding = jax.random.split(key)
+    update, _ = transform.apply(noise, update, transform.init(w.params))
+    payload, _ = codec.encode(rounding, update, codec.init(w.params))
+    return codec.decode(payload)
+
+  return channel
+
+
 def _attack(
   config: Config,
   built: setting.Setting,
-  attack: attacks.Attack,
+  attack: attacks.AnyAttack,
   label: str,
   knowledge: str,
   watched: Sequence[observations.Watched],
@@ -293,6 +319,7 @@ def _attack(
     setting.key(config, setting.ATTACKS),
     restarts=restarts,
     devices=list(built.mesh.local_devices),
+    channel=_channel(watched[0]) if knowledge == "adaptive" else None,
   )
   lines: list[dict[str, Any]] = []
   kept: dict[int, list[tuple]] = {}
@@ -304,6 +331,7 @@ def _attack(
       "mse": metrics.mse(x, image),
       "psnr_db": metrics.psnr_db(x, image),
       "ssim": metrics.ssim(x, image),
+      "ms_ssim": metrics.ms_ssim(x, image),
     }
     again = metrics.reidentified(x, image, pool.astype(np.float32))
     for j, row in enumerate(w.rows):
@@ -311,13 +339,15 @@ def _attack(
         "defense": w.defense.spec,
         "attack": label,
         "knowledge": knowledge,
+        "threat": threat(label),
         "dataset": config.dataset,
         "model": config.model,
         "image": f"{w.split}:{row}",
         "client": w.client,
         "round": w.round,
-        "batch_size": w.shape[1],
-        "local_steps": w.shape[0],
+        "batch_size": w.shape.batch,
+        "local_steps": w.shape.steps,
+        "local_epochs": w.shape.epochs,
         "labels_known": config.labels_known,
         "weights": "initial" if w.round <= 1 else "trained",
         "iterations": int(found.iterations[i]),
@@ -326,6 +356,7 @@ def _attack(
         "seconds": found.seconds / sum(len(v.rows) for v in watched),
         **{name: folder.number(value[j]) for name, value in scores.items()},
         "label_correct": bool(guess[j] == y[j]),
+        "label_accuracy": metrics.label_accuracy(y, guess),
         "reidentified": bool(again[j]),
       }
       folder.append_line(run_dir / "attacks.jsonl", line)
@@ -355,7 +386,8 @@ def _keep(run_dir, label, knowledge, round_number, parts) -> None:
     recovered_label=guess,
     client=clients,
   )
-  batch = "x".join(str(n) for n in parts[0][-1].shape)
+  shape = parts[0][-1].shape
+  batch = "x".join(str(n) for n in shape[: 2 + (shape.epochs > 1)])
   name = "_".join(
     (
       folder.slug(label),

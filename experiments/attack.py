@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import adversary, observations, setting, summary
 from experiments.config import Config, images
-from mpqfl_jax import federated
+from mpqfl_jax import attacks, federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples
 
@@ -65,8 +65,8 @@ def run(
 
 def attacked_shapes(
   config: Config, built: setting.Setting
-) -> set[tuple[int, int]]:
-  """(local steps, images in each) of the updates that will be attacked."""
+) -> set[attacks.Work]:
+  """Steps, images in each and epochs of the updates that will be attacked."""
   sizes = {int(size) for size in built.clients.sizes}
   shapes = (setting.update_shape(config, built.schedule, n) for n in sizes)
   return {shape for shape in shapes if shape is not None}

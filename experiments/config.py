@@ -320,6 +320,24 @@ def _check(config: Config) -> None:
       f"--delta={config.delta}. Expected a number between 0 and 1, such as"
       " 1e-5."
     )
+  names = {specs.parse(spec)[0] for spec in config.attack}
+  malicious = sorted(names & attacks_lib.MALICIOUS)
+  if malicious and (config.task != "attack" or len(config.attack) > 1):
+    raise errors.UserError(
+      f"--attack={','.join(config.attack)}: {malicious[0]} changes the model"
+      " that clients get, which other attacks and training do not expect."
+      f" Expected --task=attack with --attack={malicious[0]} alone."
+    )
+  if (
+    "learning_to_invert" in names
+    and "adaptive" in config.attack_knowledge
+    and config.algorithm == "scaffold"
+  ):
+    raise errors.UserError(
+      "--attack=learning_to_invert with --attack_knowledge=adaptive makes"
+      " updates of its own under the defence, and knows no control variates."
+      " Expected another --algorithm than scaffold."
+    )
   if config.overwrite and config.resume:
     raise errors.UserError(
       "--overwrite and --resume contradict each other. Expected one of them."

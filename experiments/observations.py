@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import folder
-from mpqfl_jax import federated, local
+from mpqfl_jax import attacks, federated, local
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Params
 
@@ -27,7 +27,7 @@ class Watched(NamedTuple):
     message: the bytes that crossed the wire.
     split: which split the images are from.
     rows: [steps * batch], their rows there, in the order of training.
-    shape: (local steps, images in each).
+    shape: its steps, images in each, and epochs.
     learning_rate: the client's step size.
     variates: the server's control variate, as the client got it, and the
       client's own before the round, which is the sum of what it has sent; None
@@ -41,7 +41,7 @@ class Watched(NamedTuple):
   message: bytes
   split: str
   rows: np.ndarray
-  shape: tuple[int, int]
+  shape: attacks.Work
   learning_rate: float
   variates: tuple[Params, Params] | None
 
@@ -53,9 +53,9 @@ def visited(
   client: int,
   offset: int,
   size: int,
-  shape: tuple[int, int],
+  shape: attacks.Work,
 ) -> np.ndarray:
-  """Rows of the training set that a client's update is made of, in order.
+  """Rows of the training set that a client's first epoch shows, in order.
 
   Args:
     schedule: how it went through its examples.
@@ -64,7 +64,7 @@ def visited(
     client: its id.
     offset: where its part of `order` starts.
     size: its number of examples.
-    shape: (local steps, images in each).
+    shape: its steps, images in each, and epochs.
   """
   batches = federated.client_keys(round_key, client).batches
   # A gradient over all of the client's data is one step of many batches.
@@ -73,9 +73,9 @@ def visited(
     jnp.int32(offset),
     jnp.int32(size),
     jnp.asarray(order, jnp.int32),
-    -(-shape[0] * shape[1] // schedule.batch_size),
+    -(-shape.images // schedule.batch_size),
   )
-  return np.asarray(rows)[np.asarray(mask) > 0][: shape[0] * shape[1]]
+  return np.asarray(rows)[np.asarray(mask) > 0][: shape.images]
 
 
 def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
@@ -143,7 +143,7 @@ def load(
           file["message"].tobytes(),
           str(file["split"]),
           file["rows"],
-          (int(file["shape"][0]), int(file["shape"][1])),
+          attacks.Work(*(int(n) for n in file["shape"])),
           float(file["learning_rate"]),
           (
             jax.tree.unflatten(treedef, halves[0]),

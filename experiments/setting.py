@@ -12,6 +12,7 @@ from experiments.config import Config, images
 from mpqfl_jax import (
   accounting,
   aggregate,
+  attacks,
   client_state,
   codecs,
   datasets,
@@ -26,6 +27,7 @@ from mpqfl_jax import (
   schedules,
   specs,
 )
+from mpqfl_jax.attacks import imprint
 from mpqfl_jax.types import Codec, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
@@ -82,8 +84,11 @@ def key(config: Config, stream: int) -> jax.Array:
 
 
 def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
-  """The config's model for a data set, in one form of convolution."""
-  return models.make(
+  """The config's model for a data set, in one form of convolution.
+
+  A malicious server's module is in it where an attack asks for that.
+  """
+  net = models.make(
     config.model,
     image_shape(data),
     len(data.class_names),
@@ -91,6 +96,20 @@ def model(config: Config, data: datasets.Dataset, conv: str) -> Model:
     data.std,
     conv,
   )
+  for spec in config.attack:
+    name, options = specs.parse(spec)
+    if name in attacks.MALICIOUS:
+      bins = options.get("bins", imprint.BINS)
+      net = imprint.implant(net, bins, _not_attacked(config, data))
+  return net
+
+
+def _not_attacked(config: Config, data: datasets.Dataset) -> np.ndarray:
+  """Training images that the task `attack` does not invert."""
+  split, rows = images(config.attack_images)
+  if split == "test":
+    return data.x_train
+  return np.delete(data.x_train, np.s_[rows.start : rows.stop], axis=0)
 
 
 def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:
@@ -307,11 +326,6 @@ def _one_client_an_update(
       f"--attack_images={config.attack_images}, but the {split} split of"
       f" {config.dataset} has {have} images. Expected rows 0 to {have - 1}."
     )
-  if config.local_epochs > 1:
-    raise errors.UserError(
-      f"--local_epochs={config.local_epochs} shows an image in more than one"
-      " step, which the attacks do not model. Expected --local_epochs=1."
-    )
   size = config.batch_size * (config.local_steps or 1)
   if len(rows) % size:
     raise errors.UserError(
@@ -325,20 +339,23 @@ def _one_client_an_update(
 
 def update_shape(
   config: Config, schedule: local.Schedule, size: int
-) -> tuple[int, int] | None:
+) -> attacks.Work | None:
   """What an attacker knows of how a client of `size` examples trained.
 
   Returns:
-    (local steps, images in each); None where batches are ragged or images come
-    up again in a later step, which the attacks do not model.
+    Its steps, images in each, and epochs; None where batches of one epoch
+    differ in size or the last epoch is not whole, which the attacks do not
+    model.
   """
   if size == 0:
     return None
   if config.algorithm == "fed_sgd":
-    return 1, size
+    return attacks.Work(1, size)
   steps = int(schedule.num_steps(jnp.int32(size)))
-  if steps == 1:
-    return 1, min(size, schedule.batch_size)
-  if size >= steps * schedule.batch_size:
-    return steps, schedule.batch_size
+  batch = min(size, schedule.batch_size)
+  if size >= steps * batch:
+    return attacks.Work(steps, batch)
+  epoch = -(-size // batch)
+  if size % batch == 0 and steps % epoch == 0:
+    return attacks.Work(epoch, batch, steps // epoch)
   return None

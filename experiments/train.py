@@ -14,6 +14,7 @@ from experiments import adversary, folder, observations, setting, summary
 from experiments.config import Config
 from mpqfl_jax import (
   accounting,
+  attacks,
   checkpoint,
   client_state,
   distributed,
@@ -100,9 +101,9 @@ def choose_watched(
 
 def attacked_shapes(
   config: Config, built: setting.Setting
-) -> set[tuple[int, int]]:
-  """(local steps, images in each) of the updates that will be attacked."""
-  found: set[tuple[int, int]] = set()
+) -> set[attacks.Work]:
+  """Steps, images in each and epochs of the updates that will be attacked."""
+  found: set[attacks.Work] = set()
   for number in config.attack_rounds if config.attack else ():
     cohort = sample(config, built, number)
     ids = choose_watched(config, built, cohort, number)

@@ -101,6 +101,93 @@ def ssim(original: Images, reconstruction: Images) -> Values:
   return out
 
 
+# Exponents of the scales, fine to coarse (Wang et al. 2003, section 4).
+_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+# Side of the Gaussian window, pixels.
+_WINDOW = 11
+
+
+def ms_ssim(original: Images, reconstruction: Images) -> Values:
+  """Multi-scale structural similarity of each image.
+
+  Contrast and structure are compared at every scale, luminance at the coarsest
+  only; from one scale to the next, images are averaged over 2x2 pixels. Of the
+  five scales those count that the window fits into, two for 28 or 32 pixels,
+  with exponents that are scaled to sum to 1. A scale whose structures are
+  anticorrelated makes the index 0.
+
+  Args:
+    original, reconstruction: [n, height, width, channels], clipped to [0, 1];
+      at least 11 pixels high and wide.
+
+  Returns:
+    [n], float64 in [0, 1].
+
+  Source: Wang, Simoncelli, Bovik, "Multi-scale structural similarity for image
+  quality assessment", 2003, equation 7.
+  """
+  out = np.zeros(len(original))
+  side = min(original.shape[1:3])
+  fit = sum(side // 2**j >= _WINDOW for j in range(len(_SCALES)))
+  exponents = np.array(_SCALES[:fit]) / sum(_SCALES[:fit])
+  pairs = zip(original, reconstruction, strict=True)
+  for i, (x, y) in enumerate(pairs):
+    if not np.all(np.isfinite(y)):
+      continue
+    x = np.clip(np.asarray(x, np.float64), 0, 1)
+    y = np.clip(np.asarray(y, np.float64), 0, 1)
+    product = np.ones(x.shape[-1])
+    for j, exponent in enumerate(exponents):
+      values = _similarity(x, y, luminance=j == fit - 1)
+      product *= np.maximum(values, 0) ** exponent
+      x, y = _halve(x), _halve(y)
+    out[i] = product.mean()
+  return out
+
+
+def _similarity(x: Images, y: Images, luminance: bool) -> Values:
+  """[channels]: SSIM, or its contrast and structure alone."""
+  # A large constant drowns the means, so that the luminance term becomes 1.
+  k1 = 0.01 if luminance else 1e8
+  return np.array(
+    [
+      skimage.metrics.structural_similarity(
+        x[..., c],
+        y[..., c],
+        data_range=1.0,
+        K1=k1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+      )
+      for c in range(x.shape[-1])
+    ]
+  )
+
+
+def _halve(x: Images) -> Images:
+  """Means over 2x2 pixels; a last odd row or column is left out."""
+  rows, columns = x.shape[0] // 2, x.shape[1] // 2
+  x = x[: 2 * rows, : 2 * columns]
+  return x.reshape(rows, 2, columns, 2, -1).mean((1, 3))
+
+
+def label_accuracy(
+  truth: npt.NDArray[np.integer[Any]], guess: npt.NDArray[np.integer[Any]]
+) -> float:
+  """Share of an update's labels that were found, in whatever order.
+
+  Args:
+    truth, guess: [n], labels of the images of one update.
+
+  Source: Wainakh et al., "User-level label leakage from gradients in federated
+  learning", 2022, section 5.1 (attack success rate).
+  """
+  classes = np.union1d(truth, guess)
+  counts = ((labels[:, None] == classes).sum(0) for labels in (truth, guess))
+  return float(np.minimum(*counts).sum() / len(truth))
+
+
 def match(
   original: Images, reconstruction: Images
 ) -> npt.NDArray[np.integer[Any]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqfl_jax import errors, layers, pooling
-from mpqfl_jax.types import Array, Model
+from mpqfl_jax.types import Array, Layer, Model
 
 
 def _uniform(bound: float) -> Callable:
@@ -52,10 +52,13 @@ class _Block(nn.Module):
     )
 
 
+_MLP_HIDDEN = (200, 200)
+
+
 class _MLP(nn.Module):
   classes: int
   conv: str
-  hidden: Sequence[int] = (200, 200)
+  hidden: Sequence[int] = _MLP_HIDDEN
 
   @nn.compact
   def __call__(self, x):
@@ -65,6 +68,9 @@ class _MLP(nn.Module):
     return nn.Dense(self.classes, name=f"dense{len(self.hidden) + 1}")(x)
 
 
+_LENET_STRIDES = (2, 2, 1)
+
+
 class _LeNetZhu(nn.Module):
   classes: int
   conv: str
@@ -72,7 +78,7 @@ class _LeNetZhu(nn.Module):
   @nn.compact
   def __call__(self, x):
     init = _uniform(0.5)
-    for i, stride in enumerate((2, 2, 1)):
+    for i, stride in enumerate(_LENET_STRIDES):
       x = _Block(
         12,
         (5, 5),
@@ -255,6 +261,28 @@ MODELS: dict[str, tuple[Callable, str]] = {
   "cnn6": (_CNN6, "six convolutions without biases, Zhu and Blaschko 2021"),
 }
 
+# name -> layers, for models that are a plain stack of them.
+_STACKS: dict[str, tuple[Layer, ...]] = {
+  "mlp": (
+    *(Layer(f"dense{i + 1}", "leaky_relu") for i in range(len(_MLP_HIDDEN))),
+    Layer(f"dense{len(_MLP_HIDDEN) + 1}", "identity"),
+  ),
+  "lenet_zhu": (
+    *(
+      Layer(f"conv{i + 1}", "sigmoid", stride=stride, padding=2)
+      for i, stride in enumerate(_LENET_STRIDES)
+    ),
+    Layer("dense1", "identity"),
+  ),
+  "cnn6": (
+    *(
+      Layer(f"conv{i + 1}", "leaky_relu", CNN6_SLOPE, stride, padding)
+      for i, (_, _, stride, padding) in enumerate(CNN6_LAYERS)
+    ),
+    Layer("dense1", "identity"),
+  ),
+}
+
 
 def make(
   name: str,
@@ -293,7 +321,16 @@ def make(
   def apply(params, x: Array) -> Array:
     return module.apply({"params": params}, (x - mean) / std)
 
-  return Model(name, init, apply, image_shape, num_classes, mean, std)
+  return Model(
+    name,
+    init,
+    apply,
+    image_shape,
+    num_classes,
+    mean,
+    std,
+    _STACKS.get(name),
+  )
 
 
 def cross_entropy(model: Model, params, x: Array, y: Array) -> Array:

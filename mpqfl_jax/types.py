@@ -20,6 +20,25 @@ Update = PyTree
 Payload = PyTree
 
 
+class Layer(NamedTuple):
+  """One layer of a model that is a plain stack: affine map, then activation.
+
+  Attributes:
+    name: of its entry in the parameters; a kernel of four axes is a
+      convolution's, one of two axes a dense layer's on the flattened input.
+    activation: `leaky_relu`, `sigmoid` or `identity`.
+    slope: of `leaky_relu` below zero; 0 is ReLU.
+    stride: of a convolution, both ways.
+    padding: of a convolution, zeros on every side.
+  """
+
+  name: str
+  activation: str
+  slope: float = 0.0
+  stride: int = 1
+  padding: int = 0
+
+
 class Model(NamedTuple):
   """A classifier of images as two pure functions.
 
@@ -32,6 +51,8 @@ class Model(NamedTuple):
     num_classes: number of classes.
     mean: [channels], the per-channel mean that `apply` subtracts.
     std: [channels], the per-channel deviation that `apply` divides by.
+    layers: what `apply` does after normalisation, where it is a plain stack of
+      layers; None where it has pooling, skip connections or other parts.
   """
 
   name: str
@@ -41,6 +62,7 @@ class Model(NamedTuple):
   num_classes: int
   mean: np.ndarray
   std: np.ndarray
+  layers: tuple[Layer, ...] | None = None
 
 
 class Examples(NamedTuple):

@@ -48,6 +48,16 @@ def two_leaves(seed=0):
   }
 
 
+def test_absolute_distance_counts_first_layers_most():
+  v = {"a": jnp.array([2.0, -1.0]), "b": jnp.array([4.0])}
+  u = {"a": jnp.array([2.5, -1.0]), "b": jnp.array([3.0])}
+  # Two layers: weights 1 and 1/2 on |0.5| and |1|, over 3 and 4.
+  absolute = (0.5 + 0.5 * 1) / (3 + 0.5 * 4)
+  want = (0.25 + 1) / (4 + 1 + 16) + 0.1 * absolute
+  got = objectives.squared_and_absolute(u, seen(v))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("knowledge", ["blind", "nearest", "stochastic"])
 @pytest.mark.parametrize(
   "name", [*sorted(objectives.OBJECTIVES), "log_likelihood"]
@@ -252,7 +262,7 @@ def test_one_label_is_the_one_that_brute_force_finds(label):
   x = jax.random.uniform(jax.random.key(1), (1, 1, 4, 4, 3))
   update = core.simulate(model, params, x, jnp.array([[label]]), 0.1)
   observation = types.Observation(params, update, None, None, jnp.float32(0.1))
-  inferred = labels.infer(model, observation, 1, 1)
+  inferred = labels.infer(model, observation, core.Work())
   assert inferred.tolist() == [[label]]
   # Brute force: which label's update, for the true image, is the observed one.
   errors_ = [
@@ -279,7 +289,7 @@ def test_label_counts_of_batches():
       params, update, None, None, jnp.float32(0.1)
     )
     counts = np.bincount(
-      labels.infer(model, observation, 1, 8)[0], minlength=10
+      labels.infer(model, observation, core.Work(1, 8))[0], minlength=10
     )
     truth = np.bincount(y[0], minlength=10)
     right += np.minimum(counts, truth).sum()

@@ -22,7 +22,7 @@ from experiments import (
   setting,
   train,
 )
-from mpqfl_jax import metrics, models
+from mpqfl_jax import attacks, local, metrics, models
 
 SMALL = (
   "--model=mlp",
@@ -80,8 +80,9 @@ def test_a_run_leaves_the_promised_files(attacked):
   assert set(rounds[0]) == {"defense", *wanted.split(", ")}
   wanted = (
     "defense, attack, knowledge, dataset, model, image, round, batch_size,"
-    " local_steps, labels_known, weights, iterations, restarts, objective,"
-    " seconds, mse, psnr_db, ssim, label_correct, reidentified"
+    " local_steps, local_epochs, threat, labels_known, weights, iterations,"
+    " restarts, objective, seconds, mse, psnr_db, ssim, ms_ssim,"
+    " label_correct, label_accuracy, reidentified"
   )
   found = lines(attacked / "attacks.jsonl")
   assert set(found[0]) == {"client", *wanted.split(", ")}
@@ -187,6 +188,58 @@ def test_attack_task_inverts_given_images(tmp_path):
     "blind",
     "adaptive",
   }
+
+
+def test_a_client_of_several_epochs_is_attacked(tmp_path):
+  run = tmp_path / "attack"
+  status = execute(
+    "--task=attack",
+    "--model=mlp",
+    "--batch_size=1",
+    "--local_epochs=3",
+    "--attack=idlg(iterations=60),analytic",
+    "--attack_images=test:4-5",
+    f"--output_dir={run}",
+  )
+  # One step on one image is all that `analytic` can do.
+  assert status == 2
+  status = execute(
+    "--task=attack",
+    "--model=mlp",
+    "--batch_size=1",
+    "--local_epochs=3",
+    "--attack=idlg(iterations=60)",
+    "--attack_images=test:4-5",
+    f"--output_dir={run}",
+  )
+  assert status == 0
+  found = lines(run / "attacks.jsonl")
+  assert {r["image"] for r in found} == {"test:4", "test:5"}
+  assert [(r["local_steps"], r["local_epochs"]) for r in found] == [(1, 3)] * 2
+  # The simulated client is the real one: the search gets near its update.
+  assert max(r["objective"] for r in found) < 0.1
+  assert "3 local epochs" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+  "flags_, size, want",
+  [
+    (("--local_epochs=1",), 3, (1, 3, 1)),
+    (("--local_epochs=1",), 8, (2, 4, 1)),
+    (("--local_epochs=5",), 3, (1, 3, 5)),
+    (("--local_epochs=2",), 8, (2, 4, 2)),
+    (("--local_steps=2",), 9, (2, 4, 1)),
+    (("--local_steps=6",), 8, (2, 4, 3)),
+    (("--local_steps=3",), 8, None),  # half an epoch at the end
+    (("--local_epochs=1",), 6, None),  # batches of 4 and 2
+    (("--algorithm=fed_sgd",), 6, (1, 6, 1)),
+    (("--local_epochs=1",), 0, None),
+  ],
+)
+def test_what_an_attacker_knows_of_the_training(flags_, size, want):
+  values = from_args(*SMALL, *flags_)
+  schedule = local.Schedule(4, 20, values.local_epochs, values.local_steps)
+  assert setting.update_shape(values, schedule, size) == want
 
 
 def test_a_run_compiles_the_round_once(tmp_path, monkeypatch):
@@ -378,7 +431,16 @@ def test_auxiliary_images_hold_no_attacked_one(attacked):
   built = setting.build(values)
   rows = np.array([0, 3, 5])
   watched = observations.Watched(
-    built.defenses[0], 1, 0, None, b"", "train", rows, (1, 3), 0.1, None
+    built.defenses[0],
+    1,
+    0,
+    None,
+    b"",
+    "train",
+    rows,
+    attacks.Work(1, 3),
+    0.1,
+    None,
   )
   images = adversary.auxiliary_images(built, [watched])
   assert len(images) == len(built.data.x_train) - 3

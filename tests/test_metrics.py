@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.spatial.distance
 import skimage.metrics
 
@@ -109,6 +110,72 @@ def test_ssim_of_two_constants_is_its_closed_form():
   c1 = 0.01**2
   expected = (2 * 0.2 * 0.6 + c1) / (0.2**2 + 0.6**2 + c1)
   np.testing.assert_allclose(metrics.ssim(x, y), [expected])
+
+
+def _by_hand(x, y):
+  """Wang et al. 2003 for one plane and two scales, by SciPy's filter."""
+
+  def parts(x, y):
+    # The window of 11 pixels; only where it lies inside the image.
+    def blur(a):
+      return scipy.ndimage.gaussian_filter(a, 1.5, truncate=3.5)[5:-5, 5:-5]
+
+    mx, my = blur(x), blur(y)
+    vx, vy = blur(x * x) - mx**2, blur(y * y) - my**2
+    both = blur(x * y) - mx * my
+    light = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)
+    rest = (2 * both + 0.03**2) / (vx + vy + 0.03**2)
+    return light, rest
+
+  def half(a):
+    return (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2]) / 4
+
+  fine = parts(x, y)[1].mean()
+  coarse = np.prod(parts(half(x), half(y)), axis=0).mean()
+  total = 0.0448 + 0.2856
+  return fine ** (0.0448 / total) * coarse ** (0.2856 / total)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3)])
+def test_multi_scale_ssim_is_its_definition(size, channels):
+  x = _smooth(3, size, channels)
+  y = np.clip(x + 0.2 * _images(3, x.shape[1:]), 0, 1)
+  expected = [
+    np.mean([_by_hand(x[i, ..., c], y[i, ..., c]) for c in range(channels)])
+    for i in range(3)
+  ]
+  np.testing.assert_allclose(metrics.ms_ssim(x, y), expected, rtol=1e-6)
+  np.testing.assert_allclose(metrics.ms_ssim(x, x), 1)
+
+
+def test_multi_scale_ssim_at_its_limits():
+  x = _smooth(1, 28, 1)
+  # One scale only: the index of that scale itself.
+  small = x[:, :20, :20]
+  noisy = np.clip(small + 0.1 * _images(1, small.shape[1:]), 0, 1)
+  np.testing.assert_allclose(
+    metrics.ms_ssim(small, noisy), metrics.ssim(small, noisy)
+  )
+  # A negative has opposite structure everywhere.
+  np.testing.assert_array_equal(metrics.ms_ssim(x, 1 - x), 0)
+  np.testing.assert_array_equal(metrics.ms_ssim(x, np.full_like(x, np.nan)), 0)
+  # Five scales fit into 176 pixels; the published exponents sum to 1.0001.
+  dim, bright = np.full((1, 176, 176, 1), 0.2), np.full((1, 176, 176, 1), 0.6)
+  light = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
+  np.testing.assert_allclose(
+    metrics.ms_ssim(dim, bright), [light ** (0.1333 / 1.0001)]
+  )
+
+
+def test_label_accuracy_counts_what_two_multisets_share():
+  assert (
+    metrics.label_accuracy(np.array([3, 1, 1, 4]), np.array([1, 4, 5, 1]))
+    == 0.75
+  )
+  assert (
+    metrics.label_accuracy(np.array([1, 1, 1]), np.array([1, 2, 2])) == 1 / 3
+  )
+  assert metrics.label_accuracy(np.array([0]), np.array([7])) == 0
 
 
 def test_match_finds_a_shuffled_batch():

@@ -53,7 +53,7 @@ def first_dense(params: Params, inputs: int) -> str:
   return found[0]
 
 
-def analytic(model: Model, steps: int = 1, batch: int = 1) -> core.Attack:
+def analytic(model: Model, work: core.Work) -> core.Attack:
   """Reads one image off a dense first layer.
 
   Phong et al. 2018, section 3; Geiping et al. 2020, proposition 3.1. The
@@ -62,17 +62,12 @@ def analytic(model: Model, steps: int = 1, batch: int = 1) -> core.Attack:
 
   Args:
     model: the classifier that was attacked.
-    steps: local steps of the client; only 1.
-    batch: images in a step; only 1.
+    work: what the client did; only one step on one image.
 
   Raises:
     UserError: more than one image or step.
   """
-  if steps * batch != 1:
-    raise errors.UserError(
-      "attack 'analytic' takes back one image of one step; this update comes"
-      f" from {steps} steps of {batch}. Use dlg, inverting_gradients or map."
-    )
+  core.check_single("analytic", work)
   height, width, channels = model.image_shape
   inputs = height * width * channels
 
@@ -89,7 +84,7 @@ def analytic(model: Model, steps: int = 1, batch: int = 1) -> core.Attack:
     del key
     labels = observation.labels
     if labels is None:
-      labels = labels_lib.infer(model, observation, 1, 1)
+      labels = labels_lib.infer(model, observation, work)
     return State(jnp.clip(solve(observation), 0.0, 1.0), labels)
 
   def step(state: State, observation: Observation) -> tuple[State, Array]:
@@ -106,7 +101,7 @@ def analytic(model: Model, steps: int = 1, batch: int = 1) -> core.Attack:
     return state.x, state.labels.reshape(1)
 
   def check(observation: Observation) -> None:
-    core.check_labels(observation, steps, batch)
+    core.check_labels(observation, work)
     first_dense(observation.params, inputs)
     if observation.labels is None:
       labels_lib.check(observation.params, model, 1)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpqfl_jax import errors, models, trees
 from mpqfl_jax.types import (
@@ -21,6 +22,38 @@ from mpqfl_jax.types import (
   PyTree,
   Update,
 )
+
+
+class Work(NamedTuple):
+  """What the observed client is known to have done.
+
+  Attributes:
+    steps: local steps in an epoch.
+    batch: images in a step.
+    epochs: passes over the same steps.
+  """
+
+  steps: int = 1
+  batch: int = 1
+  epochs: int = 1
+
+  @property
+  def images(self) -> int:
+    """Different images behind the update."""
+    return self.steps * self.batch
+
+  @property
+  def single(self) -> bool:
+    """Whether it is one step on one image."""
+    return self == (1, 1, 1)
+
+  def batches(self, x: Array) -> Array:
+    """[images, ...] as [steps, batch, ...]."""
+    return x.reshape(self.steps, self.batch, *x.shape[1:])
+
+  def __str__(self) -> str:
+    epochs = f" in {self.epochs} epochs" if self.epochs > 1 else ""
+    return f"{self.steps} steps of {self.batch} images{epochs}"
 
 
 class Attack(NamedTuple):
@@ -52,12 +85,69 @@ class Attack(NamedTuple):
   restarts: int
 
 
+class Answer(NamedTuple):
+  """What an attack without a search on the device finds.
+
+  Attributes:
+    x: [images, height, width, channels] float32 in [0, 1].
+    labels: [images] int32.
+    objective: how well the update is explained; lower is better.
+    iterations: steps taken.
+  """
+
+  x: np.ndarray
+  labels: np.ndarray
+  objective: float
+  iterations: int
+
+
+# What a defence makes of an update: (key, update) -> the update as decoded.
+Channel = Callable[[Key, Update], Update]
+
+
+class Help(NamedTuple):
+  """What a direct attack is given beside the observation.
+
+  Attributes:
+    key: of this restart, the same for all observations.
+    channel: the defence, with fresh randomness for each key, for an adversary
+      who knows it; None where it is not known.
+    told: takes a few words on how far the attack is, for a progress bar.
+  """
+
+  key: Key
+  channel: Channel | None
+  told: Callable[[str], None]
+
+
+class Direct(NamedTuple):
+  """An attack that answers on the host: linear algebra, a trained network.
+
+  Attributes:
+    name: the name that flags and result files use.
+    solve: (observation without leading axes, help) -> Answer.
+    check: as for `Attack`.
+    images: number of images in one client's update, steps * batch.
+    restarts: default number of calls, of which the best counts.
+  """
+
+  name: str
+  solve: Callable[[Observation, Help], Answer]
+  check: Callable[[Observation], None]
+  images: int
+  restarts: int = 1
+
+
+AnyAttack = Attack | Direct
+
+
 def simulate(
   model: Model,
   params: Params,
   x: Array,
   labels: Array,
   learning_rate: Array | float,
+  epochs: int = 1,
 ) -> Update:
   """The update that a client would send that trained on the given images.
 
@@ -66,12 +156,18 @@ def simulate(
   averaging). The update is the sum of the steps taken, which loses nothing to
   the cancellation in `params - local`.
 
+  Every epoch goes through the same batches in the same order. A client that
+  draws new batches in each epoch is simulated exactly where all its images make
+  one batch, and else up to the order, which the server does not see (Dimitrov
+  et al. 2022, section 4).
+
   Args:
     model: the classifier.
     params: where the client started.
     x: [steps, batch, height, width, channels] in [0, 1].
     labels: [steps, batch] int32, or [steps, batch, classes] probabilities.
     learning_rate: the client's step size.
+    epochs: passes over the steps.
 
   Returns:
     params minus local params, a pytree like `params`.
@@ -82,7 +178,7 @@ def simulate(
 
   gradient = jax.grad(loss)
   total: Any = None
-  for images, targets in zip(x, labels, strict=True):
+  for images, targets in list(zip(x, labels, strict=True)) * epochs:
     local = params if total is None else trees.subtract(params, total)
     step = trees.scale(learning_rate, gradient(local, images, targets))
     total = step if total is None else trees.add(total, step)
@@ -102,23 +198,35 @@ def to_images(model: Model, z: Array) -> Array:
   return z.reshape(-1, *model.image_shape) * model.std + model.mean
 
 
-def check_labels(observation: Observation, steps: int, batch: int) -> None:
+def check_labels(observation: Observation, work: Work) -> None:
   """Refuses labels of another shape than the attack was built for.
 
   Args:
     observation: with or without leading axes.
-    steps: local steps that the attack simulates.
-    batch: images in a step.
+    work: what the attack simulates.
 
   Raises:
     UserError: the labels' shape is another.
   """
   labels = observation.labels
-  if labels is not None and labels.shape[-2:] != (steps, batch):
+  if labels is not None and labels.shape[-2:] != (work.steps, work.batch):
     raise errors.UserError(
-      f"the attack was built for {steps} steps of {batch} images, and the"
-      f" observation's labels have shape {tuple(labels.shape)}; give `steps`"
-      " and `batch` of the observed client."
+      f"the attack was built for {work}, and the observation's labels have"
+      f" shape {tuple(labels.shape)}; give `steps` and `batch` of the observed"
+      " client."
+    )
+
+
+def check_single(name: str, work: Work) -> None:
+  """Refuses more than one step on one image.
+
+  Raises:
+    UserError: there is more.
+  """
+  if not work.single:
+    raise errors.UserError(
+      f"attack {name!r} takes back one image of one step; this update comes"
+      f" from {work}. Use dlg, inverting_gradients or map."
     )
 
 

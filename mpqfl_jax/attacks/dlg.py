@@ -47,8 +47,7 @@ def _matching(
   objective,
   infer: bool,
   model: Model,
-  steps: int,
-  batch: int,
+  work: core.Work,
   iterations: int,
   restarts: int,
   history: int,
@@ -56,14 +55,14 @@ def _matching(
   exponent: float,
   spread: float,
 ) -> core.Attack:
-  images = steps * batch
+  images = work.images
   pixels = images * math.prod(model.image_shape)
   search = coordinates.natural(model, exponent)
 
   def split(v: Array) -> tuple[Array, Array]:
     x = search.to_images(v[:pixels])
-    logits = v[pixels:].reshape(steps, batch, -1)
-    return x.reshape(steps, batch, *model.image_shape), logits
+    logits = v[pixels:].reshape(work.steps, work.batch, -1)
+    return work.batches(x), logits
 
   def joint(observation: Observation) -> bool:
     return observation.labels is None and not infer
@@ -73,7 +72,12 @@ def _matching(
     if joint(observation):
       labels = jax.nn.softmax(logits)
     update = core.simulate(
-      model, observation.params, x, labels, observation.learning_rate
+      model,
+      observation.params,
+      x,
+      labels,
+      observation.learning_rate,
+      work.epochs,
     )
     return objective(update, observation)
 
@@ -86,9 +90,9 @@ def _matching(
     if observation.labels is not None:
       labels = observation.labels
     elif infer:
-      labels = labels_lib.infer(model, observation, steps, batch)
+      labels = labels_lib.infer(model, observation, work)
     else:
-      labels = jnp.zeros((steps, batch), jnp.int32)
+      labels = jnp.zeros((work.steps, work.batch), jnp.int32)
     return State(
       lbfgs.init(v, history),
       labels,
@@ -122,7 +126,7 @@ def _matching(
     return stuck | (state.optimizer.value < tolerance)
 
   def check(observation: Observation) -> None:
-    core.check_labels(observation, steps, batch)
+    core.check_labels(observation, work)
     if infer and observation.labels is None:
       labels_lib.check(observation.params, model, images)
       if images > 1:
@@ -138,8 +142,7 @@ def _matching(
 
 def dlg(
   model: Model,
-  steps: int = 1,
-  batch: int = 1,
+  work: core.Work,
   *,
   iterations: int = 1200,
   restarts: int = 1,
@@ -157,8 +160,7 @@ def dlg(
 
   Args:
     model: the classifier that was attacked.
-    steps: local steps of the client.
-    batch: images in a step.
+    work: what the client did.
     iterations: most L-BFGS steps.
     restarts: random starts, of which the one with the lowest objective counts.
     history: curvature pairs kept.
@@ -171,8 +173,7 @@ def dlg(
     objectives.squared,
     False,
     model,
-    steps,
-    batch,
+    work,
     iterations,
     restarts,
     history,
@@ -184,8 +185,7 @@ def dlg(
 
 def idlg(
   model: Model,
-  steps: int = 1,
-  batch: int = 1,
+  work: core.Work,
   *,
   iterations: int = 1200,
   restarts: int = 1,
@@ -203,8 +203,7 @@ def idlg(
     objectives.squared,
     True,
     model,
-    steps,
-    batch,
+    work,
     iterations,
     restarts,
     history,

@@ -1,34 +1,16 @@
-"""Inverting Gradients: cosine similarity, total variation, signed Adam."""
+"""Attacks that follow a gradient: Inverting Gradients, TAG, GradInversion."""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
 
-from mpqfl_jax.attacks import core, objectives
-from mpqfl_jax.attacks import labels as labels_lib
-from mpqfl_jax.types import Array, Key, Model, Observation
-
-
-class State(NamedTuple):
-  """Standardised pixels, Adam's moments, and the labels held fixed.
-
-  Attributes:
-    z: [images, height, width, channels] float32.
-    adam: optax state.
-    labels: [steps, batch] int32.
-  """
-
-  z: Array
-  adam: optax.ScaleByAdamState
-  labels: Array
+from mpqfl_jax import errors
+from mpqfl_jax.attacks import core, descent, objectives
+from mpqfl_jax.types import Array, Model
 
 
 def inverting_gradients(
   model: Model,
-  steps: int = 1,
-  batch: int = 1,
+  work: core.Work,
   *,
   iterations: int = 4800,
   restarts: int = 1,
@@ -44,68 +26,142 @@ def inverting_gradients(
 
   Args:
     model: the classifier that was attacked.
-    steps: local steps of the client.
-    batch: images in a step.
+    work: what the client did.
     iterations: Adam steps.
     restarts: random starts, of which the one with the lowest objective counts.
     total_variation: weight of the image's total variation.
     learning_rate: Adam's first rate, in standard deviations of a channel.
     objective: one of `objectives.OBJECTIVES`.
   """
-  images = steps * batch
   distance = core.choose("objective", objective, objectives.OBJECTIVES)
-  low, high = (0 - model.mean) / model.std, (1 - model.mean) / model.std
-  shape = (images, *model.image_shape)
-  adam = optax.scale_by_adam()
   rate = optax.piecewise_constant_schedule(
     learning_rate, {int(iterations * f): 0.1 for f in (3 / 8, 5 / 8, 7 / 8)}
   )
-
-  def loss(z: Array, labels: Array, observation: Observation) -> Array:
-    x = core.to_images(model, z)
-    update = core.simulate(
-      model,
-      observation.params,
-      x.reshape(steps, batch, *model.image_shape),
-      labels,
-      observation.learning_rate,
-    )
-    prior = total_variation * objectives.total_variation(z)
-    return distance(update, observation) + prior
-
-  def init(key: Key, observation: Observation) -> State:
-    z = jnp.clip(jax.random.normal(key, shape), low, high)
-    labels = observation.labels
-    if labels is None:
-      labels = labels_lib.infer(model, observation, steps, batch)
-    return State(z, adam.init(z), labels)
-
-  def step(state: State, observation: Observation) -> tuple[State, Array]:
-    value, gradient = jax.value_and_grad(loss)(
-      state.z, state.labels, observation
-    )
-    now = rate(state.adam.count)
-    direction, moments = adam.update(jnp.sign(gradient), state.adam)
-    z = jnp.clip(state.z - now * direction, low, high)
-    return State(z, moments, state.labels), value
-
-  def extract(state: State) -> tuple[Array, Array]:
-    x = jnp.clip(core.to_images(model, state.z), 0.0, 1.0)
-    return x, state.labels.reshape(images)
-
-  def check(observation: Observation) -> None:
-    core.check_labels(observation, steps, batch)
-    if observation.labels is None:
-      labels_lib.check(observation.params, model, images)
-
-  return core.Attack(
+  return descent.attack(
     "inverting_gradients",
-    init,
-    step,
-    extract,
-    lambda state: jnp.bool_(False),
-    check,
-    images,
-    iterations,
-    restarts,
+    model,
+    work,
+    descent.pixels(model, work),
+    distance,
+    lambda z: total_variation * objectives.total_variation(z),
+    optax.adam(rate),
+    iterations=iterations,
+    restarts=restarts,
+    signed=True,
+  )
+
+
+def tag(
+  model: Model,
+  work: core.Work,
+  *,
+  iterations: int = 1000,
+  restarts: int = 1,
+  absolute: float = 0.1,
+  learning_rate: float = 0.05,
+) -> core.Attack:
+  """TAG: squared and absolute distance, first layers counting most, by AdamW.
+
+  Deng et al. 2021, section 3.3, there for transformers: the rate rises over 50
+  steps and then falls to 0. Nothing is said of a prior of images.
+
+  Args:
+    model: the classifier that was attacked.
+    work: what the client did.
+    iterations: AdamW steps.
+    restarts: random starts, of which the one with the lowest objective counts.
+    absolute: weight of the absolute distance in the first layer.
+    learning_rate: AdamW's largest rate, in standard deviations of a channel.
+  """
+  rise = min(50, iterations // 2)
+  rate = optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, learning_rate, rise),
+      optax.linear_schedule(learning_rate, 0.0, iterations - rise),
+    ],
+    [rise],
+  )
+
+  def distance(simulated, observation) -> Array:
+    return objectives.squared_and_absolute(simulated, observation, absolute)
+
+  return descent.attack(
+    "tag",
+    model,
+    work,
+    descent.pixels(model, work),
+    distance,
+    lambda z: jnp.float32(0),
+    optax.adamw(rate, weight_decay=1e-4),
+    iterations=iterations,
+    restarts=restarts,
+  )
+
+
+def gradinversion(
+  model: Model,
+  work: core.Work,
+  *,
+  iterations: int = 2000,
+  restarts: int = 1,
+  members: int = 4,
+  total_variation: float = 1e-2,
+  norm: float = 1e-6,
+  consistency: float = 1e-2,
+  batch_norm: float = 0.0,
+  learning_rate: float = 0.1,
+  objective: str = "squared",
+) -> core.Attack:
+  """GradInversion: several searches that are drawn to their common mean.
+
+  Yin et al. 2021, equations 3 to 12, with Adam and a rate that falls by a
+  cosine: squared distance of gradients, total variation, the image's norm, and
+  group consistency over the members, whose consensus is their mean (section
+  3.4, before registration).
+
+  Args:
+    model: the classifier that was attacked.
+    work: what the client did.
+    iterations: Adam steps.
+    restarts: groups of random starts.
+    members: starts in a group.
+    total_variation: weight of the image's total variation.
+    norm: weight of the image's mean square.
+    consistency: weight of the members' distance from their mean.
+    batch_norm: weight of the distance of feature statistics from those that
+      batch normalisation keeps; only 0, for no model here sends any.
+    learning_rate: Adam's first rate, in standard deviations of a channel.
+    objective: one of `objectives.OBJECTIVES`.
+
+  Raises:
+    UserError: statistics of batch normalisation asked for, or no members.
+  """
+  if batch_norm:
+    raise errors.UserError(
+      f"attack 'gradinversion': batch_norm={batch_norm}, but {model.name!r}"
+      " keeps no statistics of batches: its normalisation layers, where it has"
+      " any, are affine maps. Expected batch_norm=0."
+    )
+  if members < 1:
+    raise errors.UserError(
+      f"attack 'gradinversion': members={members}, expected at least 1."
+    )
+  distance = core.choose("objective", objective, objectives.OBJECTIVES)
+
+  def prior(z: Array) -> Array:
+    smooth = total_variation * objectives.total_variation(z)
+    return smooth + norm * jnp.mean(jnp.square(z))
+
+  return descent.attack(
+    "gradinversion",
+    model,
+    work,
+    descent.pixels(model, work),
+    distance,
+    prior,
+    optax.adam(optax.cosine_decay_schedule(learning_rate, iterations)),
+    iterations=iterations,
+    restarts=restarts,
+    members=members,
+    consistency=consistency,
   )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mpqfl_jax import errors, trees
+from mpqfl_jax.attacks import core
 from mpqfl_jax.types import Array, Model, Observation, Params, Update
 
 
@@ -85,9 +86,7 @@ def check(params: Params, model: Model, images: int) -> None:
     )
 
 
-def infer(
-  model: Model, observation: Observation, steps: int, batch: int
-) -> Array:
+def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   """Labels of the images behind an update, ascending, [steps, batch] int32.
 
   For one image the only negative score is the label's (iDLG; Zhao et al. 2020,
@@ -101,14 +100,13 @@ def infer(
   Args:
     model: the classifier.
     observation: what the adversary sees.
-    steps: local steps of the client.
-    batch: images in a step.
+    work: what the client did.
 
   Raises:
     UserError: the model has no last dense layer, or, for more than one image,
       no bias in it.
   """
-  classes, images = model.num_classes, steps * batch
+  classes, images = model.num_classes, work.images
   score = scores(observation.update, classes)
   if images == 1:
     return jnp.argmin(score).astype(jnp.int32).reshape(1, 1)
@@ -116,12 +114,12 @@ def infer(
   noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
   logits = model.apply(observation.params, noise * model.std + model.mean)
   mean = jnp.mean(jax.nn.softmax(logits), 0)
-  gradient = score / (observation.learning_rate * steps)
+  gradient = score / (observation.learning_rate * work.steps * work.epochs)
   counts = round_counts(images * (mean - gradient), images)
   labels = jnp.repeat(
     jnp.arange(classes, dtype=jnp.int32), counts, total_repeat_length=images
   )
-  return labels.reshape(steps, batch)
+  return work.batches(labels)
 
 
 def round_counts(expected: Array, total: int) -> Array:

@@ -39,8 +39,7 @@ class State(NamedTuple):
 
 def maximum_a_posteriori(
   model: Model,
-  steps: int = 1,
-  batch: int = 1,
+  work: core.Work,
   *,
   auxiliary: np.ndarray | None = None,
   iterations: int = 500,
@@ -55,8 +54,7 @@ def maximum_a_posteriori(
 
   Args:
     model: the classifier that was attacked.
-    steps: local steps of the client.
-    batch: images in a step.
+    work: what the client did.
     auxiliary: [images, height, width, channels] uint8, images of the same kind
       as the client's and disjoint from them.
     iterations: L-BFGS steps over all stages.
@@ -79,7 +77,7 @@ def maximum_a_posteriori(
     raise errors.UserError(
       "attack 'map' needs auxiliary images for its prior; none were given."
     )
-  images = steps * batch
+  images = work.images
   prior = coordinates.fitted(model, np.asarray(auxiliary))
   every = iterations // stages
   ratio = (last_smoothing / first_smoothing) ** (1 / (stages - 1))
@@ -93,9 +91,10 @@ def maximum_a_posteriori(
     update = core.simulate(
       model,
       observation.params,
-      x.reshape(steps, batch, *model.image_shape),
+      work.batches(x),
       labels,
       observation.learning_rate,
+      work.epochs,
     )
     outside = jnp.sum(jnp.square(x - jnp.clip(x, 0.0, 1.0)))
     return (
@@ -108,7 +107,7 @@ def maximum_a_posteriori(
     z = spread * jax.random.normal(key, (images, *model.image_shape))
     labels = observation.labels
     if labels is None:
-      labels = labels_lib.infer(model, observation, steps, batch)
+      labels = labels_lib.infer(model, observation, work)
     return State(lbfgs.init(z.reshape(-1), history), jnp.int32(0), labels)
 
   def step(state: State, observation: Observation) -> tuple[State, Array]:
@@ -138,7 +137,7 @@ def maximum_a_posteriori(
     return last & (state.optimizer.failures >= 3)
 
   def check(observation: Observation) -> None:
-    core.check_labels(observation, steps, batch)
+    core.check_labels(observation, work)
     if observation.labels is None:
       labels_lib.check(observation.params, model, images)
 

@@ -90,8 +90,12 @@ def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
   if values("local_steps"):
     plural = "" if values("local_steps") == [1] else "s"
     out.append(f"{joined('local_steps')} local step{plural}")
+  if values("local_epochs") not in ([], [1]):
+    out.append(f"{joined('local_epochs')} local epochs")
   if values("weights"):
     out.append(f"{joined('weights')} weights")
+  if "malicious_server" in values("threat"):
+    out.append("a malicious server, which changed the model")
   for known in values("labels_known"):
     out.append("labels known" if known else "labels inferred")
   if values("iterations"):
