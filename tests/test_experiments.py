@@ -294,8 +294,8 @@ def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
   args = (
     *SMALL,
     "--rounds=2",
-    "--num_clients=100",
-    "--cohort_size=100",
+    "--num_clients=200",
+    "--cohort_size=200",
     "--algorithm=scaffold",
     "--defense=none,int8",
     "--attack=analytic",

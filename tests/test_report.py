@@ -830,7 +830,7 @@ def _contrast(a, b):
 
 def test_text_has_enough_contrast_in_light_and_dark():
   assert _contrast("#000000", "#ffffff") == pytest.approx(21)
-  text = (pathlib.Path(html.__file__).parent / "template.html").read_text()
+  text = (pathlib.Path(html.__file__).parent / "style.html").read_text()
   schemes = re.findall(r":root \{(.*?)\}", text, re.S)
   assert len(schemes) == 2
   for scheme in schemes:

@@ -183,7 +183,7 @@ def test_blocks_of_clients_make_the_same_round(tmp_path, monkeypatch):
       "--rounds=4",
       "--local_steps=1",
       "--defense=none",
-      "--attack=analytic",
+      "--attack=dlg(iterations=2)",
       "--attack_rounds=3",
     )
     assert execute(*STATES, *args) == 0

@@ -43,6 +43,7 @@ def _line(clients, seconds, **values):
   }
 
 
+@pytest.mark.slow
 def test_a_scaling_run_measures_each_cohort_alone(tmp_path, capsys):
   run = tmp_path / "run"
   assert execute(*SMALL, f"--output_dir={run}") == 0
