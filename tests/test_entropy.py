@@ -8,12 +8,12 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xxhash
 import zstandard
 
 from mpqfl_jax import entropy, errors, precision, wire
@@ -52,7 +52,9 @@ def message_of(codec, update, key=0):
 def around(body, codec, number=1):
   """A message whose coded records are `body`."""
   plain = message_of(codec, PARAMS)
-  return wire.reseal(plain[:3] + bytes([1 | number << 4]) + plain[4:8] + body)
+  return wire.reseal(
+    plain[:3] + bytes([wire.VERSION | number << 4]) + plain[4:8] + body
+  )
 
 
 def test_a_frame_by_hand_is_read():
@@ -67,10 +69,10 @@ def test_a_message_is_a_header_a_frame_and_a_checksum():
     codec, plain = codec_of(name), precision.make(name, PARAMS)
     message, long = message_of(codec, update), message_of(plain, update)
     assert len(message) < len(long)
-    assert message[:4] == b"MPQ\x11" and message[4:8] == long[4:8]
+    assert message[:4] == b"MPQ\x12" and message[4:8] == long[4:8]
     records = zstandard.ZstdDecompressor().decompress(message[8:-4])
     assert records == long[8:-4]
-    assert message[-4:] == struct.pack("<I", zlib.crc32(message[:-4]))
+    assert message[-4:] == xxhash.xxh32_digest(message[:-4])[::-1]
     assert codec.pack(codec.unpack(message)) == message
 
 
@@ -158,7 +160,7 @@ def test_a_frame_must_be_shorter_than_its_records():
   short = MAGIC + bytes([0x20, 201])
   short += block(RAW, b"\x01", 1) + block(RLE, b"\0", 200, True)
   plain = message_of(precision.make("none", params), params)
-  head = plain[:3] + b"\x11" + plain[4:8]
+  head = plain[:3] + b"\x12" + plain[4:8]
   codec.unpack(wire.reseal(head + short))
   with pytest.raises(wire.WireError):
     codec.unpack(wire.reseal(head + body))
