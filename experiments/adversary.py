@@ -52,16 +52,17 @@ def attack_all(
         for defense in built.defenses:
           mine = [w for w in group if w.defense.spec == defense.spec]
           if mine:
-            lines = _known(run_dir, label, knowledge, mine) or _attack(
-              config, built, attack, label, knowledge, mine, run_dir
-            )
+            lines = _known(run_dir, label, knowledge, mine)
+            if not lines and defense.unreadable:
+              lines = _unreadable(config, label, knowledge, mine, run_dir)
+            elif not lines:
+              lines = _attack(
+                config, built, attack, label, knowledge, mine, run_dir
+              )
             scores.setdefault(defense.spec, []).extend(lines)
       for defense_spec, lines in scores.items():
         entry = summaries.setdefault(defense_spec, {}).setdefault(label, {})
-        entry[knowledge] = metrics.summarize(
-          np.array([line["psnr_db"] for line in lines]),
-          np.array([line["ssim"] for line in lines]),
-        )
+        entry[knowledge] = _summarize(lines)
   seen: dict[tuple[str, int], np.ndarray] = {}
   for w in watched:
     for row, image in zip(w.rows, _truth(built, w)[0], strict=True):
@@ -75,6 +76,17 @@ def attack_all(
       setting.rng(config, setting.NOISE_IMAGES),
     )
   return summaries, references
+
+
+def _summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  reason = lines[0].get("reason")
+  if reason is not None:
+    names = ("psnr_db_median", "psnr_db_max", "ssim_median", "success_rate")
+    return {**dict.fromkeys(names), "reason": reason}
+  return metrics.summarize(
+    np.array([line["psnr_db"] for line in lines]),
+    np.array([line["ssim"] for line in lines]),
+  )
 
 
 def make(
@@ -336,20 +348,7 @@ def _attack(
     again = metrics.reidentified(x, image, pool.astype(np.float32))
     for j, row in enumerate(w.rows):
       line = {
-        "defense": w.defense.spec,
-        "attack": label,
-        "knowledge": knowledge,
-        "threat": threat(label),
-        "dataset": config.dataset,
-        "model": config.model,
-        "image": f"{w.split}:{row}",
-        "client": w.client,
-        "round": w.round,
-        "batch_size": w.shape.batch,
-        "local_steps": w.shape.steps,
-        "local_epochs": w.shape.epochs,
-        "labels_known": config.labels_known,
-        "weights": "initial" if w.round <= 1 else "trained",
+        **_facts(config, w, label, knowledge, int(row)),
         "iterations": int(found.iterations[i]),
         "restarts": restarts,
         "objective": folder.number(found.objective[i]),
@@ -364,6 +363,60 @@ def _attack(
     kept.setdefault(w.round, []).append((x, image, y, guess, w))
   for round_number, parts in kept.items():
     _keep(run_dir, label, knowledge, round_number, parts)
+  return lines
+
+
+def _facts(
+  config: Config, w: observations.Watched, label: str, knowledge: str, row: int
+) -> dict[str, Any]:
+  """What a line of `attacks.jsonl` says before anything was attacked."""
+  return {
+    "defense": w.defense.spec,
+    "attack": label,
+    "knowledge": knowledge,
+    "threat": threat(label),
+    "dataset": config.dataset,
+    "model": config.model,
+    "image": f"{w.split}:{row}",
+    "client": w.client,
+    "round": w.round,
+    "batch_size": w.shape.batch,
+    "local_steps": w.shape.steps,
+    "local_epochs": w.shape.epochs,
+    "labels_known": config.labels_known,
+    "weights": "initial" if w.round <= 1 else "trained",
+  }
+
+
+def _unreadable(
+  config: Config,
+  label: str,
+  knowledge: str,
+  watched: Sequence[observations.Watched],
+  run_dir: pathlib.Path,
+) -> list[dict[str, Any]]:
+  """No number, and why, for each image that an attack cannot be aimed at."""
+  nothing = (
+    "iterations",
+    "restarts",
+    "objective",
+    "seconds",
+    "mse",
+    "psnr_db",
+    "ssim",
+    "label_correct",
+    "reidentified",
+  )
+  lines = []
+  for w in watched:
+    for row in w.rows:
+      line = {
+        **_facts(config, w, label, knowledge, int(row)),
+        **dict.fromkeys(nothing),
+        "reason": w.defense.unreadable,
+      }
+      folder.append_line(run_dir / "attacks.jsonl", line)
+      lines.append(line)
   return lines
 
 

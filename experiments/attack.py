@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import adversary, observations, setting, summary
 from experiments.config import Config, images
-from mpqfl_jax import attacks, federated
+from mpqfl_jax import attacks, encrypted, federated
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples
 
@@ -47,12 +47,12 @@ def run(
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:
     start = time.perf_counter()
-    mine = _updates(config, built, defense, sent)
+    mine, lengths = _updates(config, built, defense, sent)
     watched += mine
     entries[defense.spec] = {
       "test_accuracy": None,
       "final_params_sha256": summary.params_sha256(params),
-      "uplink_bytes_per_client": float(np.mean([len(w.message) for w in mine])),
+      "uplink_bytes_per_client": float(np.mean(lengths)),
       **summary.guarantee(defense, built.protocol.ledger, config.delta),
       "seconds": time.perf_counter() - start,
       "compile_seconds": 0.0,
@@ -77,7 +77,8 @@ def _updates(
   built: setting.Setting,
   defense: Defense,
   sent: federated.Broadcast,
-) -> list[observations.Watched]:
+) -> tuple[list[observations.Watched], list[int]]:
+  """The updates as the server has them, and their lengths on the wire."""
   split = images(config.attack_images)[0]
   data = built.data
   x, y = (
@@ -101,7 +102,7 @@ def _updates(
   turn = jax.jit(client_side.turn)
   key = setting.key(config, setting.ROUNDS)
   state = client_side.init(sent.params)
-  kept = []
+  kept, lengths = [], []
   for client in range(built.clients.num_clients):
     offset = int(built.clients.offsets[client])
     size = int(built.clients.sizes[client])
@@ -118,13 +119,22 @@ def _updates(
       size,
       shape,
     )
+    if defense.encryption is None:
+      message = defense.codec.pack(jax.device_get(out.payload))
+      lengths.append(len(message))
+    else:
+      seen = encrypted.seen_alone(
+        defense.encryption, jax.device_get(out.update)
+      )
+      message = observations.message(defense, seen)
+      lengths.append(len(seen.message))
     kept.append(
       observations.Watched(
         defense=defense,
         round=0,
         client=client,
         params=jax.device_get(sent.params),
-        message=defense.codec.pack(jax.device_get(out.payload)),
+        message=message,
         split=split,
         rows=order[rows],
         shape=shape,
@@ -134,4 +144,4 @@ def _updates(
         else None,
       )
     )
-  return kept
+  return kept, lengths

@@ -130,6 +130,17 @@ def append_line(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     file.write(json.dumps(value) + "\n")
 
 
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """A file of JSON lines, without one that a dying process left unfinished."""
+  lines = []
+  for line in path.read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return lines
+
+
 def keep_lines(
   path: pathlib.Path, keep: Callable[[dict[str, Any]], bool]
 ) -> None:
@@ -139,14 +150,7 @@ def keep_lines(
   """
   if not path.is_file():
     return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      value = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    if keep(value):
-      kept.append(line + "\n")
+  kept = [json.dumps(v) + "\n" for v in read_lines(path) if keep(v)]
   write_atomically(path, "".join(kept).encode())
 
 

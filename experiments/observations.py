@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import folder
-from mpqfl_jax import attacks, federated, local
+from mpqfl_jax import attacks, encrypted, federated, local
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Params
 
@@ -24,7 +24,8 @@ class Watched(NamedTuple):
     round: from 1; 0 where no training took place.
     client: its id.
     params: the global model that the client started from.
-    message: the bytes that crossed the wire.
+    message: the bytes that crossed the wire; under encryption the ciphertexts,
+      or, where the server holds the key, the update that it found in them.
     split: which split the images are from.
     rows: [steps * batch], their rows there, in the order of training.
     shape: its steps, images in each, and epochs.
@@ -44,6 +45,17 @@ class Watched(NamedTuple):
   shape: attacks.Work
   learning_rate: float
   variates: tuple[Params, Params] | None
+
+
+def message(defense: Defense, seen: encrypted.Seen) -> bytes:
+  """What is kept of an encrypted update: see Watched."""
+  if seen.update is None:
+    return seen.message
+  codec = defense.codec
+  payload, _ = codec.encode(
+    jax.random.key(0), seen.update, codec.init(seen.update)
+  )
+  return codec.pack(jax.device_get(payload))
 
 
 def visited(

@@ -17,6 +17,7 @@ from mpqfl_jax import (
   codecs,
   datasets,
   defenses,
+  encrypted,
   engine,
   errors,
   federated,
@@ -141,6 +142,14 @@ def build(config: Config) -> Setting:
   )
   protocol = protocol_of(config, clients, schedule)
   built = [defenses.make(spec, template, protocol) for spec in config.defense]
+  for defense in built:
+    if defense.encryption is not None and config.task == "train":
+      encrypted.check(
+        defense.encryption,
+        config.cohort_size,
+        config.aggregator,
+        config.algorithm,
+      )
   if config.algorithm == "scaffold":
     built = [d._replace(codec=codecs.pair(d.codec)) for d in built]
   if config.algorithm == "fed_sgd":

@@ -18,6 +18,7 @@ from mpqfl_jax import (
   checkpoint,
   client_state,
   distributed,
+  encrypted,
   engine,
   federated,
   sharding,
@@ -143,6 +144,11 @@ def _train(
   """Trains under one defence, from its newest checkpoint where there is one."""
   place = run_dir / "checkpoints" / folder.slug(defense.spec)
   client = setting.client(config, built.training, defense)
+  protocol = None
+  if defense.encryption is not None:
+    protocol = encrypted.protocol(
+      defense.encryption, config.cohort_size, config.num_clients
+    )
   algorithm = federated.federated(
     built.model,
     client,
@@ -153,6 +159,7 @@ def _train(
     len(built.clients.order),
     built.plan,
     built.mesh,
+    protocol,
   )
   start_state = algorithm.init(setting.key(config, setting.WEIGHTS))
   rows = run_dir / "client_states" / f"{folder.slug(defense.spec)}.rows"
@@ -172,7 +179,8 @@ def _train(
     np.full(2, np.nan),
   )
   done, kept, finished = 0, [], place / "result.json"
-  main, entry = distributed.is_main(), {}
+  main = distributed.is_main()
+  entry: dict[str, Any] = {}
   if main:
     restored = checkpoint.restore_latest(place, progress, tqdm.tqdm.write)
     if restored is not None:
@@ -212,7 +220,12 @@ def _train(
     key = jax.random.fold_in(rounds_key, round_number)
     args = (state, held, examples, cohort, ids, key)
     if round_fn is None:
-      round_fn = streaming.compiled(algorithm, store, block, built.mesh, *args)
+      if protocol is None:
+        round_fn = streaming.compiled(
+          algorithm, store, block, built.mesh, *args
+        )
+      else:
+        round_fn = streaming.on_host(algorithm, store, built.mesh)
       compile_seconds = time.perf_counter() - start
       start = time.perf_counter()
     state, held, aux, before = round_fn(*args)
@@ -237,6 +250,9 @@ def _train(
     if not main:
       continue
     weight = cohort.size * clients.accepted
+    encryption = {}
+    if aux.encrypted is not None:
+      encryption = {"encryption": aux.encrypted.costs._asdict()}
     folder.append_line(
       run_dir / "metrics.jsonl",
       {
@@ -256,6 +272,7 @@ def _train(
         "client_lr": float(built.rates.client(round_number - 1)),
         "server_lr": float(built.rates.server(round_number - 1)),
         "seconds": time.perf_counter() - start,
+        **encryption,
       },
     )
     due = config.checkpoint_every and (
@@ -280,6 +297,15 @@ def _train(
     "compile_seconds": compile_seconds,
   }
   if main:
+    if protocol is not None:
+      entry["encryption"] = encrypted.figures(
+        protocol.set_up,
+        [
+          line["encryption"]
+          for line in folder.read_lines(run_dir / "metrics.jsonl")
+          if line["defense"] == defense.spec
+        ],
+      )
     folder.write_json(finished, entry)
   store.remove()
   return entry, kept
@@ -314,14 +340,21 @@ def _keep(
     rows = observations.visited(
       built.schedule, built.clients.order, key, client, offset, size, shape
     )
-    payload = jax.tree.map(lambda leaf: leaf[slot], payloads)
+    if aux.encrypted is None:
+      message = defense.codec.pack(
+        jax.tree.map(lambda leaf: leaf[slot], payloads)
+      )
+    elif client in aux.encrypted.seen:
+      message = observations.message(defense, aux.encrypted.seen[client])
+    else:
+      continue
     kept.append(
       observations.Watched(
         defense=defense,
         round=round_number,
         client=client,
         params=sent.params,
-        message=defense.codec.pack(payload),
+        message=message,
         split="train",
         rows=rows,
         shape=shape,

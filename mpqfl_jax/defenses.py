@@ -10,7 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpqfl_jax import accounting, dp, errors, precision, specs, transforms
+from mpqfl_jax import (
+  accounting,
+  dp,
+  encrypted,
+  errors,
+  precision,
+  specs,
+  transforms,
+)
 from mpqfl_jax.types import Bins, Codec, Params, Payload, UpdateTransform
 
 
@@ -24,6 +32,8 @@ class Defense(NamedTuple):
     guarantee: what it proves, None where there is no proof.
     noise_stddev: of the noise that the transform adds, which whoever knows the
       defence knows, too.
+    encryption: of the update on its way and in the server's sum, None where the
+      server reads it.
   """
 
   spec: str
@@ -31,6 +41,14 @@ class Defense(NamedTuple):
   codec: Codec
   guarantee: accounting.Guarantee | None
   noise_stddev: float = 0.0
+  encryption: encrypted.Options | None = None
+
+  @property
+  def unreadable(self) -> str | None:
+    """Why the server cannot attack what it sees, None where it can."""
+    if self.encryption is None or self.encryption.attacker_holds_key:
+      return None
+    return encrypted.UNREADABLE
 
   def epsilon(self, ledger: accounting.Ledger, delta: float) -> float | None:
     """Epsilon of what was released, None where there is no proof."""
@@ -63,6 +81,28 @@ def _additive(
   return build
 
 
+def _he(
+  params: Params,
+  protocol: accounting.Protocol,
+  keys: str = "shared",
+  degree: int = 4096,
+  modulus_bits: int | None = None,
+  bound: float = 4.0,
+  min_clients: int = 3,
+  attacker_holds_key: bool | str = False,
+) -> Defense:
+  del protocol  # encryption has no (epsilon, delta)
+  return Defense(
+    "",
+    transforms.identity(),
+    precision.make("none", params),
+    None,
+    encryption=encrypted.options(
+      keys, degree, modulus_bits, bound, min_clients, attacker_holds_key
+    ),
+  )
+
+
 # name -> (constructor, one line with its source)
 TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
   "dp_gaussian": (
@@ -72,6 +112,10 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
   "dp_laplace": (
     _additive(dp.laplace),
     "L1 clip and Laplace noise at the client, Dwork and Roth 2014",
+  ),
+  "he": (
+    _he,
+    "sums of ciphertexts: CKKS, Cheon et al. 2017",
   ),
 }
 

@@ -176,6 +176,7 @@ class CohortResult(NamedTuple):
     report: of the clients.
     payloads: of the watched clients, leading axis [watched], zeros for one that
       is not in the cohort.
+    updates: [clients, ...] decoded, where they were to be kept.
   """
 
   total: Update
@@ -183,6 +184,7 @@ class CohortResult(NamedTuple):
   states: PyTree
   report: ClientReport
   payloads: Payload
+  updates: PyTree = ()
 
 
 def pad(cohort: Cohort, multiple: int) -> Cohort:
@@ -223,6 +225,7 @@ def run_cohort(
   plan: Plan,
   mesh: Mesh,
   aggregator: aggregate.Aggregator,
+  keep_updates: bool = False,
 ) -> Callable:
   """Builds the compiled part of a round: all clients, then the aggregate.
 
@@ -232,6 +235,7 @@ def run_cohort(
     mesh: the devices.
     aggregator: the weighted mean, or a robust aggregate, which keeps every
       update of the round.
+    keep_updates: whether the result holds every client's update, too.
 
   Returns:
     (broadcast, examples, cohort, states[clients, ...], watched[watched], key)
@@ -275,7 +279,8 @@ def run_cohort(
       slots = _record(slots, out.payload, client.client_id, watched)
       norms = jnp.sqrt(_per_client_squared_norm(out.update, weight.ndim))
       report = (out.loss, norms, out.uplink_bytes, weight > 0, out.arrived)
-      kept = () if aggregator.combine is None else (out.update, weight)
+      keep = keep_updates or aggregator.combine is not None
+      kept = (out.update, weight) if keep else ()
       carry = (total, total_weight + jnp.sum(weight), slots)
       return carry, (out.state, report, kept)
 
@@ -342,7 +347,8 @@ def run_cohort(
     if aggregator.combine is not None:
       total = trees.scale(weight, aggregator.combine(*kept))
     report = ClientReport(*report)
-    return CohortResult(total, weight, states, report, payloads)
+    updates = kept[0] if keep_updates else ()
+    return CohortResult(total, weight, states, report, payloads, updates)
 
   return run
 

@@ -10,9 +10,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
-from mpqfl_jax import aggregate, engine, errors, local, schedules, trees
+from mpqfl_jax import (
+  aggregate,
+  encrypted,
+  engine,
+  errors,
+  local,
+  schedules,
+  trees,
+)
 from mpqfl_jax.types import (
   Array,
   Codec,
@@ -248,6 +257,7 @@ def federated(
   num_examples: int,
   plan: engine.Plan,
   mesh: Mesh,
+  protocol: encrypted.Protocol | None = None,
 ) -> FederatedAlgorithm:
   """Rounds of local training, an aggregate and a server step.
 
@@ -272,11 +282,16 @@ def federated(
     num_examples: of all clients of the population together.
     plan: how a cohort is executed.
     mesh: the devices.
+    protocol: adds the updates as ciphertexts, on the host; None where they
+      stay in the program.
 
   Returns:
-    A FederatedAlgorithm whose state is a ServerState; `round` is jitted.
+    A FederatedAlgorithm whose state is a ServerState; `round` is jitted, under
+    a protocol its two parts are.
   """
-  run = engine.run_cohort(client.turn, plan, mesh, aggregator)
+  run = engine.run_cohort(
+    client.turn, plan, mesh, aggregator, keep_updates=protocol is not None
+  )
 
   def init(key):
     params = model.init(key)
@@ -316,6 +331,8 @@ def federated(
       state.round + 1,
     )
 
+  parts = RoundParts(begin, block, end)
+
   @jax.jit
   def round(state, client_states, examples, cohort, watched, key):
     sent, size, sums = begin(state, key)
@@ -325,7 +342,48 @@ def federated(
     aux = RoundAux(report, payloads, sent, size)
     return end(state, sums), client_states, aux
 
-  return FederatedAlgorithm(init, round, RoundParts(begin, block, end))
+  if protocol is not None:
+    return FederatedAlgorithm(
+      init, _encrypted_round(parts, run, protocol), parts
+    )
+  return FederatedAlgorithm(init, round, parts)
+
+
+def _encrypted_round(
+  parts: RoundParts, run: Callable, protocol: encrypted.Protocol
+) -> Callable:
+  """A round whose updates leave the program and come back as their mean."""
+
+  @jax.jit
+  def clients(state, client_states, examples, cohort, watched, key):
+    sent, size, _ = parts.begin(state, key)
+    result = run(sent, examples, cohort, client_states, watched, key)
+    return result, sent, size
+
+  end = jax.jit(parts.end)
+
+  def round(state, client_states, examples, cohort, watched, key):
+    result, sent, size = clients(
+      state, client_states, examples, cohort, watched, key
+    )
+    report = jax.device_get(result.report)
+    outcome = protocol.combine(
+      jax.device_get(result.updates),
+      report.accepted,
+      report.arrived,
+      jax.device_get(cohort),
+      np.asarray(watched),
+      int(size),
+    )
+    report = report._replace(
+      accepted=outcome.accepted, uplink_bytes=outcome.uplink_bytes
+    )
+    opened = np.float32(outcome.accepted.any())
+    size = size + protocol.seal_bytes
+    aux = RoundAux(report, (), sent, size, encrypted=outcome)
+    return end(state, (outcome.update, opened)), result.states, aux
+
+  return round
 
 
 SERVER_OPTIMIZERS: dict[str, Callable] = {

@@ -159,6 +159,29 @@ def compiled(
   return in_blocks
 
 
+def on_host(
+  algorithm: FederatedAlgorithm,
+  store: client_state.Store,
+  mesh: jax.sharding.Mesh,
+) -> RoundFn:
+  """A round that leaves the program in between, for all clients at once.
+
+  It compiles its parts by itself when it first runs.
+  """
+
+  def round(state, held, examples, cohort, watched, key):
+    states = sharding.put(store.gather(held, cohort.client_id), mesh)
+    before = _rows(states, cohort.client_id, watched)
+    state, states, aux = algorithm.round(
+      state, states, examples, *sharding.put((cohort, watched, key), mesh)
+    )
+    return Done(
+      state, store.scatter(held, cohort.client_id, states), aux, before
+    )
+
+  return round
+
+
 def _rows(
   states: PyTree, ids: np.ndarray, watched: np.ndarray
 ) -> dict[int, PyTree]:

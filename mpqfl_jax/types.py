@@ -118,12 +118,15 @@ class RoundAux(NamedTuple):
     broadcast: a `federated.Broadcast`: the parameters that the clients started
       from, as they came out of the downlink's codec, and the round's step size.
     downlink_bytes: [] int32, length of the message that each client received.
+    encrypted: an `encrypted.Outcome` where updates were added as ciphertexts;
+      `payloads` are empty then.
   """
 
   clients: Any
   payloads: Payload
   broadcast: Any
   downlink_bytes: Array
+  encrypted: Any = None
 
 
 class RoundParts(NamedTuple):

@@ -85,6 +85,7 @@ def algorithm(
   deadline: federated.Deadline | None = None,
   net: Model | None = None,
   sizes: np.ndarray = SIZES,
+  protocol=None,
 ) -> Rounds:
   net = net or model()
   params = net.init(jax.random.key(0))
@@ -110,6 +111,7 @@ def algorithm(
     int(sizes.sum()),
     engine.plan(plan, "cpu"),
     engine.mesh(devices),
+    protocol,
   )
   store = client_state.make("device", client.init(params), len(sizes))
 

@@ -696,6 +696,11 @@ def test_no_two_defences_look_alike():
   assert looks["prune(fraction=0.9)"].label == "prune 0.9"
 
 
+def test_a_switch_goes_by_its_own_name():
+  looks = style.styles(["he", "he(attacker_holds_key=true)"])
+  assert [s.label for s in looks.values()] == ["he", "he attacker_holds_key"]
+
+
 def test_the_main_defences_look_the_same_in_every_run():
   few = style.styles(["paper", "none"])
   many = style.styles(NAMES)

@@ -130,6 +130,8 @@ def _scores(
 ) -> list[_Score]:
   out = []
   for cell in records.cells(entry):
+    if cell.reason is not None:
+      continue
     lines = attack_lines(run, defense, cell.attack, cell.knowledge)
     rate = attack_rate(run, defense, cell.attack, cell.knowledge)
     found = sum(bool(line.get("reidentified")) for line in lines)
@@ -148,6 +150,10 @@ def _verdict(
   def verdict(status: str, label: str, privacy: str) -> Verdict:
     return Verdict(defense, status, label, privacy, cost)
 
+  reason = records.reason(run.summary["defenses"][defense])
+  if reason is not None:
+    text = f"Nothing to attack: {reason}. Whoever holds the key reads it."
+    return verdict("stopped", "Ciphertext", text)
   if not scores:
     return verdict("open", "Not attacked", "No attack was run against it.")
   through = [s for s in scores if s.rate.successes]
@@ -325,5 +331,6 @@ def _phrase(verdict: Verdict) -> str:
   return {
     "Leaks": "let an attack rebuild images",
     "Leaks in part": "leaked in part",
+    "Ciphertext": "left the server nothing to read",
     "Not shown": "not shown to stop anything",
   }.get(verdict.label, verdict.label[0].lower() + verdict.label[1:])

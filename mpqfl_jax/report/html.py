@@ -104,7 +104,7 @@ def _lines(run: records.Run, table: list[tables.Row]) -> Iterator[_Line]:
   for row, verdict in zip(table, findings.verdicts(run), strict=True):
     top = records.strongest(run.summary["defenses"][row.defense])
     counted = interval = ""
-    attack, knowledge = tables.MISSING, ""
+    attack, knowledge = row.attack, ""
     if top is not None:
       attack, knowledge = top.attack, top.knowledge
       rate = findings.attack_rate(run, row.defense, top.attack, top.knowledge)
@@ -129,7 +129,11 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
   for defense, entry in run.summary["defenses"].items():
     for cell in records.cells(entry):
       lines = findings.attack_lines(run, defense, cell.attack, cell.knowledge)
-      rate = findings.attack_rate(run, defense, cell.attack, cell.knowledge)
+      success, interval = cell.reason or "", ""
+      if cell.reason is None:
+        rate = findings.attack_rate(run, defense, cell.attack, cell.knowledge)
+        success = f"{rate.successes} of {rate.trials}"
+        interval = findings.interval(rate)
       inferred = [line for line in lines if not line.get("labels_known")]
       seconds = _values(lines, "seconds")
       yield _AttackRow(
@@ -138,8 +142,8 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
         attack=cell.attack,
         knowledge=cell.knowledge,
         images=len(lines),
-        success=f"{rate.successes} of {rate.trials}",
-        interval=findings.interval(rate),
+        success=success,
+        interval=interval,
         psnr=tables.fixed(cell.psnr_db_median, 1),
         psnr_max=tables.fixed(cell.psnr_db_max, 1),
         ssim=tables.fixed(cell.ssim_median, 2),

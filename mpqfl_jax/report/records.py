@@ -60,6 +60,7 @@ class Cell(NamedTuple):
     attack, knowledge: names.
     psnr_db_median, psnr_db_max, ssim_median, success_rate: its values; None
       where the run wrote null.
+    reason: why there is nothing to measure, None where there is.
   """
 
   attack: str
@@ -68,6 +69,7 @@ class Cell(NamedTuple):
   psnr_db_max: float | None
   ssim_median: float | None
   success_rate: float | None
+  reason: str | None = None
 
 
 def read(run_dir: str | pathlib.Path) -> Run:
@@ -160,6 +162,12 @@ def strongest(entry: dict[str, Any]) -> Cell | None:
   """The attack with the highest median PSNR, None where there was none."""
   known = [c for c in cells(entry) if c.psnr_db_median is not None]
   return max(known, key=lambda c: c.psnr_db_median or 0.0, default=None)
+
+
+def reason(entry: dict[str, Any]) -> str | None:
+  """Why no attack on a defence has anything to work on, None where one has."""
+  reasons = {cell.reason for cell in cells(entry)}
+  return next(iter(reasons)) if len(reasons) == 1 else None
 
 
 def setting(config: dict[str, Any], name: str) -> Any:

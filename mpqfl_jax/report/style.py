@@ -114,7 +114,9 @@ def _short(names: Sequence[str]) -> dict[str, str]:
     kin = [_parameters(n) for n in names if family(n) == base]
     own = _parameters(name)
     differ = [k for k in own if any(other.get(k) != own[k] for other in kin)]
-    if len(differ) == 1:
+    if len(differ) == 1 and own[differ[0]] in ("true", "True"):
+      out[name] = f"{base} {differ[0]}"
+    elif len(differ) == 1:
       out[name] = f"{base} {own[differ[0]]}"
     else:
       out[name] = " ".join([base, *(f"{k}={own[k]}" for k in differ)])

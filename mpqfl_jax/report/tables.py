@@ -74,7 +74,9 @@ def rows(summary: dict[str, Any]) -> list[Row]:
         uplink=MISSING if uplink is None else f"{uplink:,.0f}",
         ratio=ratio(uplink, float32),
         epsilon=epsilon(entry),
-        attack=attack_name(shown.attack, shown.knowledge) if cell else MISSING,
+        attack=attack_name(shown.attack, shown.knowledge)
+        if cell
+        else records.reason(entry) or MISSING,
         psnr=fixed(shown.psnr_db_median, 1),
         psnr_max=fixed(shown.psnr_db_max, 1),
         ssim=fixed(shown.ssim_median, 2),
