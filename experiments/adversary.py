@@ -227,15 +227,28 @@ def _observe(
   codec = w.defense.codec
   payload = codec.unpack(w.message)
   update = codec.decode(payload)
-  bins = defenses.bins(w.defense, payload) if knowledge == "adaptive" else None
+  bins = clips = None
+  if knowledge == "adaptive":
+    work = w.shape
+    bins = defenses.bins(
+      w.defense,
+      payload,
+      w.learning_rate,
+      work.steps * work.epochs,
+      work.batch,
+    )
+    clips = defenses.clips(w.defense, w.learning_rate, work.single)
   if w.variates is not None:
     update, bins = without_drift(w, update, bins)
+    # The drift was clipped with the rest.
+    clips = None
   return Observation(
     params=w.params,
     update=update,
     bins=bins,
     labels=labels.reshape(w.shape[:2]) if config.labels_known else None,
     learning_rate=jnp.float32(w.learning_rate),
+    clips=clips,
   )
 
 

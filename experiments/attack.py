@@ -94,7 +94,7 @@ def _updates(
     jnp.arange(len(order), dtype=jnp.int32),
   )
   client_side = federated.client(
-    built.training,
+    setting.training(config, built, defense),
     defense.transform,
     defense.codec,
     scaffold=config.algorithm == "scaffold",

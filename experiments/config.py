@@ -24,6 +24,7 @@ from mpqfl_jax import attacks as attacks_lib
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
 TASKS = ("train", "attack", "scaling")
 ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
+SAMPLINGS = ("uniform", "poisson")
 KNOWLEDGE = ("blind", "adaptive")
 DATASETS = (*datasets.SAMPLES, *datasets.FULL_SETS)
 
@@ -74,6 +75,13 @@ def _define() -> None:
     1,
   )
   f.DEFINE_integer("cohort_size", 10, "Clients that take part in a round.", 1)
+  f.DEFINE_enum(
+    "client_sampling",
+    "uniform",
+    SAMPLINGS,
+    "uniform: so many clients without replacement; poisson: each client by a"
+    " coin of its own, so many on average.",
+  )
   f.DEFINE_string(
     "scaling_clients",
     "10,100,1000",
@@ -213,6 +221,7 @@ class Config:
   client_examples: int | None
   cohort_size: int
   scaling_clients: tuple[int, ...]
+  client_sampling: str
   rounds: int
   local_epochs: int
   local_steps: int | None

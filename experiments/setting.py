@@ -1,5 +1,6 @@
 """Builds what a config asks for: data, clients, model, training, defences."""
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from mpqfl_jax import (
   codecs,
   datasets,
   defenses,
+  dp_sgd,
   encrypted,
   engine,
   errors,
@@ -29,7 +31,7 @@ from mpqfl_jax import (
   specs,
 )
 from mpqfl_jax.attacks import imprint
-from mpqfl_jax.types import Codec, Model, Params
+from mpqfl_jax.types import Codec, Cohort, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
 PARTITION, SAMPLING, NOISE_IMAGES = range(3)
@@ -150,23 +152,15 @@ def build(config: Config) -> Setting:
         config.aggregator,
         config.algorithm,
       )
+    _check_proof(config, defense)
   if config.algorithm == "scaffold":
     built = [d._replace(codec=codecs.pair(d.codec)) for d in built]
-  if config.algorithm == "fed_sgd":
-    training = local.gradient(net, schedule)
-  else:
-    training = local.sgd(
-      net,
-      optax.sgd,
-      schedule,
-      config.prox_mu if config.algorithm == "fed_prox" else 0.0,
-    )
   return Setting(
     data,
     net,
     plan,
     mesh,
-    training,
+    _training(config, net, schedule),
     schedule,
     clients,
     template,
@@ -174,7 +168,11 @@ def build(config: Config) -> Setting:
     built,
     {
       defense.spec: _place(
-        config, plan, mesh, client(config, training, defense), template
+        config,
+        plan,
+        mesh,
+        client(config, _training(config, net, schedule, defense.sgd), defense),
+        template,
       )
       for defense in built
     },
@@ -192,13 +190,103 @@ def build(config: Config) -> Setting:
   )
 
 
+def _training(
+  config: Config,
+  net: Model,
+  schedule: local.Schedule,
+  private: dp_sgd.Settings | None = None,
+) -> local.LocalTraining:
+  """What a client computes, by DP-SGD where its settings are given."""
+  if config.algorithm == "fed_sgd":
+    return local.gradient(net, schedule)
+  gradient = None
+  if private is not None:
+    gradient = dp_sgd.private_gradient(net, private)
+    schedule = schedule._replace(poisson=private.batches == "poisson")
+  prox_mu = config.prox_mu if config.algorithm == "fed_prox" else 0.0
+  return local.sgd(net, optax.sgd, schedule, prox_mu, gradient)
+
+
+def training(
+  config: Config, built: Setting, defense: defenses.Defense
+) -> local.LocalTraining:
+  """What a client computes under one defence."""
+  if defense.sgd is None:
+    return built.training
+  return _training(config, built.model, built.schedule, defense.sgd)
+
+
+def _check_proof(config: Config, defense: defenses.Defense) -> None:
+  """Refuses what a proof does not cover; raises UserError."""
+  scaffold = config.algorithm == "scaffold"
+  if scaffold and (defense.noise_in_codec or defense.central is not None):
+    raise errors.UserError(
+      "--algorithm=scaffold exchanges control variates, which the proof of"
+      f" {defense.spec} does not cover. Expected dp_gaussian or dp_laplace,"
+      " whose noise the variates share, or another algorithm."
+    )
+  if defense.central is not None and config.aggregator != "mean":
+    raise errors.UserError(
+      f"--aggregator={config.aggregator} with {defense.spec}, whose proof is"
+      " about a sum. Expected --aggregator=mean."
+    )
+
+  if defense.sgd is None:
+    return
+  if config.algorithm == "fed_sgd":
+    raise errors.UserError(
+      f"--algorithm=fed_sgd takes one gradient over all examples, which"
+      f" {defense.spec} does not replace. Expected fed_avg, fed_prox or"
+      " scaffold."
+    )
+  if config.attack and defense.sgd.batches == "poisson":
+    raise errors.UserError(
+      f"--attack on {defense.spec}: how many images a Poisson batch holds is"
+      " secret, which the attacks do not model. Expected batches=fixed."
+    )
+
+
 def sample(
   config: Config, clients: partition.Partition, round_number: int
-) -> np.ndarray:
-  """Ids of the round's clients, drawn uniformly without replacement."""
-  return rng(config, SAMPLING, round_number).choice(
-    clients.num_clients, config.cohort_size, replace=False
-  )
+) -> Cohort:
+  """The round's cohort, which the seed decides.
+
+  Every round's cohort is of the same length, so that nothing is compiled again:
+  where fewer clients than that were drawn, others stand in for them with no
+  examples, who do and send nothing.
+
+  Args:
+    config: the run's.
+    clients: the population.
+    round_number: from 1.
+  """
+  ids = _drawn(config, clients.num_clients, round_number)
+  present = np.ones(_capacity(config, clients.num_clients), bool)
+  if len(ids) < len(present):
+    present[len(ids) :] = False
+    absent = np.setdiff1d(np.arange(clients.num_clients), ids)
+    ids = np.concatenate([ids, absent[: np.count_nonzero(~present)]])
+  sizes = np.where(present, clients.sizes[ids], 0)
+  places = (ids, clients.offsets[ids], sizes)
+  return Cohort._make(place.astype(np.int32) for place in places)
+
+
+def _drawn(config: Config, num_clients: int, round_number: int) -> np.ndarray:
+  """Ids of the clients that take part in a round."""
+  stream = rng(config, SAMPLING, round_number)
+  if config.client_sampling == "poisson":
+    rate = config.cohort_size / num_clients
+    return np.flatnonzero(stream.random(num_clients) < rate)
+  return stream.choice(num_clients, config.cohort_size, replace=False)
+
+
+@functools.lru_cache
+def _capacity(config: Config, num_clients: int) -> int:
+  """Clients of the run's largest cohort."""
+  if config.client_sampling == "uniform":
+    return config.cohort_size
+  rounds = range(1, config.rounds + 1)
+  return max(1, *(len(_drawn(config, num_clients, r)) for r in rounds))
 
 
 def protocol_of(
@@ -206,15 +294,18 @@ def protocol_of(
 ) -> accounting.Protocol:
   """How often each client sends in the run, which its seed has decided."""
   rounds, participations = 1, np.ones(clients.num_clients, np.int64)
+  sampling_rate = None
   if config.task == "train":
     rounds, participations[:] = config.rounds, 0
     for number in range(1, rounds + 1):
-      participations[sample(config, clients, number)] += 1
+      participations[_drawn(config, clients.num_clients, number)] += 1
+    if config.client_sampling == "poisson":
+      sampling_rate = config.cohort_size / clients.num_clients
   return accounting.Protocol(
     accounting.Ledger(rounds, participations),
     config.delta,
     config.cohort_size,
-    sampling_rate=None,
+    sampling_rate,
     sizes=clients.sizes,
     schedule=schedule,
   )
@@ -256,14 +347,15 @@ def _place(
   side: federated.Client,
   template: Params,
 ) -> client_state.Place:
+  cohort = _capacity(config, config.num_clients)
   memory = mesh.local_devices[0].memory_stats() or {}
   place = client_state.place(
     config.client_state,
     jax.eval_shape(side.init, template),
     config.num_clients,
-    config.cohort_size,
+    cohort,
     # A robust aggregate, and clients all side by side, need the whole cohort.
-    config.cohort_size
+    cohort
     if plan.size == 0 or aggregate.make(config.aggregator).combine
     else plan.size * mesh.devices.size,
     memory.get("bytes_limit"),
@@ -294,6 +386,7 @@ def client(
       config.straggler_sigma,
       key(config, SPEEDS),
     ),
+    defense.central,
   )
 
 

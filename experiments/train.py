@@ -71,13 +71,6 @@ def run(
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
 
 
-def sample(config: Config, built: setting.Setting, round_number: int) -> Cohort:
-  """The round's cohort."""
-  ids = setting.sample(config, built.clients, round_number)
-  places = (ids, built.clients.offsets[ids], built.clients.sizes[ids])
-  return Cohort._make(place.astype(np.int32) for place in places)
-
-
 def choose_watched(
   config: Config, built: setting.Setting, cohort: Cohort, round_number: int
 ) -> np.ndarray:
@@ -106,7 +99,7 @@ def attacked_shapes(
   """Steps, images in each and epochs of the updates that will be attacked."""
   found: set[attacks.Work] = set()
   for number in config.attack_rounds if config.attack else ():
-    cohort = sample(config, built, number)
+    cohort = setting.sample(config, built.clients, number)
     ids = choose_watched(config, built, cohort, number)
     for size in cohort.size[np.isin(cohort.client_id, ids)]:
       shape = setting.update_shape(config, built.schedule, int(size))
@@ -143,7 +136,9 @@ def _train(
 ) -> tuple[dict[str, Any], list[observations.Watched]]:
   """Trains under one defence, from its newest checkpoint where there is one."""
   place = run_dir / "checkpoints" / folder.slug(defense.spec)
-  client = setting.client(config, built.training, defense)
+  client = setting.client(
+    config, setting.training(config, built, defense), defense
+  )
   protocol = None
   if defense.encryption is not None:
     protocol = encrypted.protocol(
@@ -215,7 +210,7 @@ def _train(
   )
   for round_number in bar:
     start = time.perf_counter()
-    cohort = sample(config, built, round_number)
+    cohort = setting.sample(config, built.clients, round_number)
     ids = choose_watched(config, built, cohort, round_number)
     key = jax.random.fold_in(rounds_key, round_number)
     args = (state, held, examples, cohort, ids, key)
@@ -265,7 +260,8 @@ def _train(
         "test_loss": folder.number(test[0]),
         "test_accuracy": folder.number(test[1]),
         "uplink_bytes": int(sent),
-        "downlink_bytes": config.cohort_size * int(aux.downlink_bytes),
+        "downlink_bytes": int(np.count_nonzero(cohort.size))
+        * int(aux.downlink_bytes),
         "participants": int(clients.accepted.sum()),
         "rejected": int((~clients.accepted & clients.arrived).sum()),
         "epsilon": folder.number(epsilon),

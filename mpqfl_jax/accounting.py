@@ -14,9 +14,9 @@ and are part of each one (`Guarantee`):
 Releases of one client add up over the rounds that it takes part in. The server
 sees who sends, so that sampling clients amplifies nothing in the local model.
 
->>> round(gaussian(noise_multiplier=2.0, releases=1, delta=1e-5), 2)
-4.38
->>> round(gaussian_noise_multiplier(epsilon=4.377, releases=1, delta=1e-5), 2)
+>>> round(gaussian(noise_multiplier=2.0, releases=1, delta=1e-5), 3)
+1.993
+>>> round(gaussian_noise_multiplier(epsilon=1.993, releases=1, delta=1e-5), 3)
 2.0
 """
 
@@ -264,33 +264,28 @@ def least(
   Raises:
     UserError: no noise up to `largest` is enough.
   """
-  low, high = -20.0, float(np.log(largest))
-  if epsilon_of(float(np.exp(high))) > epsilon:
-    raise errors.UserError(
-      f"epsilon={epsilon:g} cannot be reached in this run. Expected a larger"
-      " epsilon, or fewer rounds."
-    )
-  # Bracketed from the noisy side: little noise is slow to account for.
-  step = 1.0
-  start = min(high, 1.0)
-  if epsilon_of(float(np.exp(start))) > epsilon:
-    low = start
-  else:
-    high = start
-    while (
-      high - step > low and epsilon_of(float(np.exp(high - step))) < epsilon
-    ):
-      high -= step
-    low = max(low, high - step)
 
+  @functools.cache
   def gap(log_noise):
     value = epsilon_of(float(np.exp(log_noise)))
     return np.log(max(value, 1e-300)) - np.log(epsilon)
 
-  if gap(low) <= 0:
-    return float(np.exp(low))
-  root = optimize.brentq(gap, low, high, xtol=1e-6)
+  # Bracketed from the noisy side: little noise is slow to account for.
+  high = 1.0
+  while gap(high) > 0:
+    high += 1.0
+    if high > np.log(largest):
+      raise errors.UserError(
+        f"epsilon={epsilon:g} cannot be reached in this run. Expected a larger"
+        " epsilon, or fewer rounds."
+      )
+  low = high - 1.0
+  while gap(low) < 0:
+    high, low = low, low - 1.0
+    if low < -20:
+      return float(np.exp(high))
+  root = optimize.brentq(gap, low, high, xtol=3e-5)
   # On the safe side of the root.
-  while epsilon_of(float(np.exp(root))) > epsilon:
-    root += 1e-6
+  while gap(root) > 0:
+    root += 3e-5
   return float(np.exp(root))

@@ -9,17 +9,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpqfl_jax import (
   accounting,
   dp,
+  dp_sgd,
   encrypted,
   errors,
   precision,
+  private_codecs,
   specs,
   transforms,
+  trees,
 )
-from mpqfl_jax.types import Bins, Codec, Params, Payload, UpdateTransform
+from mpqfl_jax import central as central_lib
+from mpqfl_jax.types import Array, Bins, Codec, Params, Payload, UpdateTransform
 
 
 class Defense(NamedTuple):
@@ -34,6 +39,11 @@ class Defense(NamedTuple):
       defence knows, too.
     encryption: of the update on its way and in the server's sum, None where the
       server reads it.
+    clips: L1 and L2 norm to which the transform scales the update down.
+    noise_in_codec: whether it is the codec that randomises: what else a client
+      sends through it is another release.
+    central: what a trusted server adds; None where it adds nothing.
+    sgd: how the client's gradients are made private; None where they are not.
   """
 
   spec: str
@@ -41,6 +51,10 @@ class Defense(NamedTuple):
   codec: Codec
   guarantee: accounting.Guarantee | None
   noise_stddev: float = 0.0
+  clips: tuple[float, float] = (float("inf"), float("inf"))
+  noise_in_codec: bool = False
+  central: central_lib.Central | None = None
+  sgd: dp_sgd.Settings | None = None
   encryption: encrypted.Options | None = None
 
   @property
@@ -76,6 +90,7 @@ def _additive(
       precision.make("none", params),
       built.guarantee,
       built.noise_stddev,
+      built.clips,
     )
 
   return build
@@ -103,6 +118,169 @@ def _he(
   )
 
 
+def _dp_central(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  noise_multiplier: float | None = None,
+  epsilon: float | None = None,
+  adaptive: bool = False,
+  quantile: float = 0.5,
+  rate: float = 0.2,
+  count_stddev: float | None = None,
+) -> Defense:
+  built = central_lib.central(
+    protocol,
+    clip,
+    noise_multiplier,
+    epsilon,
+    adaptive,
+    quantile,
+    rate,
+    count_stddev,
+  )
+  return Defense(
+    "",
+    transforms.identity(),
+    precision.make("none", params),
+    built.guarantee,
+    central=built,
+  )
+
+
+def _dp_sgd(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  noise_multiplier: float | None = None,
+  epsilon: float | None = None,
+  batches: str = "fixed",
+  microbatch: int = 8,
+) -> Defense:
+  settings = dp_sgd.settings(
+    protocol, clip, noise_multiplier, epsilon, batches, microbatch
+  )
+  return Defense(
+    "",
+    transforms.identity(),
+    precision.make("none", params),
+    settings.guarantee,
+    sgd=settings,
+  )
+
+
+def _dp_pbm(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  bound: float | None = None,
+  theta: float | None = None,
+  trials: int = 16,
+  epsilon: float | None = None,
+) -> Defense:
+  return _quantised(
+    params,
+    protocol,
+    clip,
+    bound,
+    # From 1/2, where nothing is hidden, to 0.
+    lambda noise: private_codecs.poisson_binomial(0.5 / (1 + noise), trials),
+    None if theta is None else private_codecs.poisson_binomial(theta, trials),
+    private_codecs.poisson_binomial(0.25, trials),
+    epsilon,
+    f"theta={theta}",
+  )
+
+
+def _dp_rqm(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float = 1.0,
+  bound: float | None = None,
+  margin: float | None = None,
+  levels: int = 16,
+  keep: float = 0.42,
+  epsilon: float | None = None,
+) -> Defense:
+  def build(margin):
+    return private_codecs.randomised_quantisation(margin, levels, keep)
+
+  return _quantised(
+    params,
+    protocol,
+    clip,
+    bound,
+    build,
+    None if margin is None else build(margin),
+    build(1.0),
+    epsilon,
+    f"margin={margin}",
+  )
+
+
+def _quantised(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float,
+  bound: float | None,
+  noisy: Callable[[float], private_codecs.Mechanism],
+  given: private_codecs.Mechanism | None,
+  default: private_codecs.Mechanism,
+  epsilon: float | None,
+  words: str,
+) -> Defense:
+  """The defence of a private quantiser on updates of a clipped L2 norm.
+
+  Args:
+    params: the model's parameters, or their shapes.
+    protocol: how often clients send.
+    clip: largest L2 norm of the update.
+    bound: entries are clamped to this; the clip where None.
+    noisy: noise -> the quantiser, for a given epsilon.
+    given: the quantiser that was asked for, None where it was not.
+    default: where neither it nor an epsilon was given.
+    epsilon: what the client that sends most may spend in the run.
+    words: the parameter that decides the noise, as the user gave it.
+  """
+  transforms.require_finite("clip", clip)
+  bound = clip if bound is None else bound
+  transforms.require_finite("bound", bound)
+  if bound > clip:
+    raise errors.UserError(
+      f"bound={bound} is above clip={clip}, which no entry exceeds. Expected a"
+      " bound up to the clip."
+    )
+  if given is not None and epsilon is not None:
+    raise errors.UserError(
+      f"{words} and epsilon={epsilon} contradict each other. Expected one of"
+      " them; the other follows from it."
+    )
+  entries, radius = trees.size(params), clip / bound
+
+  def proof(mechanism):
+    return private_codecs.guarantee(mechanism, entries, radius)
+
+  mechanism = default if given is None else given
+  if epsilon is not None:
+    transforms.require_finite("epsilon", epsilon)
+    mechanism = noisy(
+      accounting.least(
+        lambda noise: proof(noisy(noise)).epsilon(
+          protocol.ledger, protocol.delta
+        ),
+        epsilon,
+      )
+    )
+  return Defense(
+    "",
+    transforms.clip(clip),
+    private_codecs.codec(params, mechanism, bound),
+    proof(mechanism),
+    clips=(float("inf"), clip),
+    noise_in_codec=True,
+  )
+
+
 # name -> (constructor, one line with its source)
 TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
   "dp_gaussian": (
@@ -117,26 +295,69 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
     _he,
     "sums of ciphertexts: CKKS, Cheon et al. 2017",
   ),
+  "dp_pbm": (_dp_pbm, "Poisson-binomial mechanism, Chen et al. 2022"),
+  "dp_central": (
+    _dp_central,
+    "clip and Gaussian noise at a trusted server, McMahan et al. 2018",
+  ),
+  "dp_sgd": (
+    _dp_sgd,
+    "clip and noise on each example's gradient, Abadi et al. 2016",
+  ),
+  "dp_rqm": (_dp_rqm, "randomised quantisation mechanism, Youn et al. 2023"),
 }
 
 
-def bins(defense: Defense, payload: Payload) -> Bins:
+def bins(
+  defense: Defense,
+  payload: Payload,
+  learning_rate: float = 1.0,
+  steps: int = 1,
+  batch: int = 1,
+) -> Bins:
   """What a payload says of the update before the noise, for an attacker.
 
-  Noise moves every entry without a bound and adds its variance. That the update
-  may have been clipped is not said.
+  Noise moves every entry without a bound and adds its variance. That of DP-SGD
+  adds up over the steps, as if none of it changed the gradients that follow.
+
+  Args:
+    defense: what the client did.
+    payload: what it sent.
+    learning_rate: of its steps.
+    steps: of all its epochs together.
+    batch: examples in each.
   """
   known = defense.codec.bins(payload)
-  if not defense.noise_stddev:
+  noise = defense.noise_stddev**2
+  if defense.sgd is not None:
+    stddev = defense.sgd.clip * defense.sgd.noise_multiplier
+    noise += steps * (learning_rate * stddev / batch) ** 2
+  if not noise:
     return known
   return Bins(
     lower=jax.tree.map(lambda u: jnp.full_like(u, -jnp.inf), known.lower),
     upper=jax.tree.map(lambda u: jnp.full_like(u, jnp.inf), known.upper),
-    variance=jax.tree.map(
-      lambda v: v + defense.noise_stddev**2, known.variance
-    ),
+    variance=jax.tree.map(lambda v: v + noise, known.variance),
     stochastic=jax.tree.map(lambda flag: False, known.stochastic),
   )
+
+
+def clips(defense: Defense, learning_rate: float, single: bool) -> Array:
+  """L1 and L2 norm to which an update was scaled down, [2] float32.
+
+  Clipping of each example's gradient is clipping of the update where one
+  example makes one step; of a sum over examples, it is not modelled. Nor is
+  what a private quantiser clamps at its bound.
+
+  Args:
+    defense: what the client did.
+    learning_rate: of its steps.
+    single: whether one example made one step.
+  """
+  found = np.array(defense.clips, np.float32)
+  if defense.sgd is not None and single:
+    found[1] = learning_rate * defense.sgd.clip
+  return jnp.asarray(found)
 
 
 def make(

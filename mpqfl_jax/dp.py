@@ -19,11 +19,13 @@ class Mechanism(NamedTuple):
     transform: applied to the update before the codec.
     guarantee: of the client's data against the server.
     noise_stddev: of each entry's noise, which is public.
+    clips: L1 and L2 norm to which it scales down, infinite where it does not.
   """
 
   transform: UpdateTransform
   guarantee: accounting.Guarantee
   noise_stddev: float
+  clips: tuple[float, float]
 
 
 def gaussian(
@@ -71,6 +73,7 @@ def gaussian(
       ),
     ),
     z * clip,
+    (float("inf"), clip),
   )
 
 
@@ -120,6 +123,7 @@ def laplace(
       lambda ledger, delta: spent(z, accounting.most_releases(ledger), delta),
     ),
     stddev,
+    (clip, float("inf")),
   )
 
 

@@ -131,6 +131,7 @@ class ClientOutput(NamedTuple):
     arrived: [] bool, False for a client that dropped out on the way.
     loss: [] float32, mean local training loss.
     uplink_bytes: [] int32, length of the packed payload.
+    weight: [] int32 or float32, the client's in the mean.
   """
 
   update: Update
@@ -140,6 +141,7 @@ class ClientOutput(NamedTuple):
   arrived: Array
   loss: Array
   uplink_bytes: Array
+  weight: Array
 
 
 # (broadcast, examples, client as a Cohort of scalars, state, round key); the
@@ -246,7 +248,7 @@ def run_cohort(
 
   def turn(broadcast, examples, client, state, key):
     out = client_fn(broadcast, examples, client, state, key)
-    weight = jnp.where(out.finite & out.arrived, client.size, 0)
+    weight = jnp.where(out.finite & out.arrived, out.weight, 0)
     return out, weight.astype(jnp.float32)
 
   def one(broadcast, examples, key, total, client, state):

@@ -22,6 +22,7 @@ from mpqfl_jax import (
   schedules,
   trees,
 )
+from mpqfl_jax import central as central_lib
 from mpqfl_jax.types import (
   Array,
   Codec,
@@ -44,12 +45,15 @@ class ServerState(NamedTuple):
     variate: SCAFFOLD's control variate, like the parameters; `()` elsewhere.
     opt_state: the server optimiser's state.
     round: [] int32, how many rounds there have been.
+    clip: [] float32, the norm that the server clips to under central
+      differential privacy; `()` elsewhere.
   """
 
   params: Params
   variate: PyTree
   opt_state: PyTree
   round: Array
+  clip: PyTree = ()
 
 
 class Broadcast(NamedTuple):
@@ -60,11 +64,13 @@ class Broadcast(NamedTuple):
     variate: SCAFFOLD's control variate, likewise; `()` elsewhere.
     learning_rate: [] float32, the clients' step size, which both sides know
       from the schedule.
+    clip: see `ServerState`; no client uses it.
   """
 
   params: Params
   variate: PyTree
   learning_rate: Array
+  clip: PyTree = ()
 
 
 class ClientState(NamedTuple):
@@ -89,11 +95,14 @@ class Client(NamedTuple):
     turn: its part of a round, and the server's decoding of it.
     scaffold: whether it sends (update, change of its control variate) and takes
       the server's control variate, each through a `codecs.pair`.
+    central: what a trusted server does to the decoded updates; None where it
+      takes their weighted mean.
   """
 
   init: Callable[[Params], ClientState]
   turn: engine.ClientFn
   scaffold: bool
+  central: central_lib.Central | None = None
 
 
 class Deadline(NamedTuple):
@@ -134,8 +143,9 @@ class ClientKeys(NamedTuple):
   dropout: Key
 
 
-# The downlink's place among the round's keys; clients have theirs from 0.
+# The server's places among the round's keys; clients have theirs from 0.
 _DOWNLINK = 2**32 - 1
+_SERVER_NOISE = 2**32 - 2
 
 
 def client_keys(round_key: Key, client_id) -> ClientKeys:
@@ -151,6 +161,7 @@ def client(
   dropout: float = 0.0,
   scaffold: bool = False,
   deadline: Deadline | None = None,
+  central: central_lib.Central | None = None,
 ) -> Client:
   """What a client does in a round.
 
@@ -171,6 +182,8 @@ def client(
     dropout: probability that what it sends does not arrive.
     scaffold: whether there are control variates.
     deadline: after which nothing arrives; None where the server waits for all.
+    central: what a trusted server does to the decoded updates, not with
+      `scaffold`.
   """
 
   def init(params):
@@ -205,6 +218,10 @@ def client(
       arrived &= ~jax.random.bernoulli(keys.dropout, dropout)
     if deadline is not None:
       arrived &= deadline.is_met(who.client_id, result.steps)
+    weight = who.size
+    if central is not None:
+      decoded = central.contribution(decoded, broadcast.clip)
+      weight = jnp.float32(1)
     return engine.ClientOutput(
       update=decoded,
       payload=payload,
@@ -219,9 +236,10 @@ def client(
       arrived=arrived,
       loss=result.loss,
       uplink_bytes=jnp.where(arrived, codec.num_bytes(payload), 0),
+      weight=weight,
     )
 
-  return Client(init, turn, scaffold)
+  return Client(init, turn, scaffold, central)
 
 
 def broadcast(
@@ -300,6 +318,7 @@ def federated(
       jax.tree.map(jnp.zeros_like, params) if client.scaffold else (),
       server_optimizer(jnp.float32(0)).init(params),
       jnp.int32(0),
+      () if client.central is None else jnp.float32(client.central.clip),
     )
 
   def begin(state, key):
@@ -308,16 +327,27 @@ def federated(
     )
     rate = jnp.float32(rates.client(state.round))
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    total = (zeros, zeros) if client.scaffold else zeros
-    return Broadcast(params, variate, rate), size, (total, jnp.float32(0))
+    total = zeros
+    if client.scaffold:
+      total = (zeros, zeros)
+    if client.central is not None:
+      total = (zeros, jnp.float32(0))
+    sent = Broadcast(params, variate, rate, state.clip)
+    return sent, size, (total, jnp.float32(0))
 
   def block(sent, sums, client_states, examples, cohort, watched, key):
     result = run(sent, examples, cohort, client_states, watched, key)
     sums = trees.add(sums, (result.total, result.weight))
     return sums, result.states, result.report, result.payloads
 
-  def end(state, sums):
-    update, variate = aggregate.mean(*sums), state.variate
+  def end(state, sums, key):
+    variate, clip = state.variate, state.clip
+    if client.central is None:
+      update = aggregate.mean(*sums)
+    else:
+      update, clip = client.central.release(
+        sums[0], clip, jax.random.fold_in(key, _SERVER_NOISE)
+      )
     if client.scaffold:
       update, change = update
       share = sums[1] / num_examples
@@ -329,6 +359,7 @@ def federated(
       variate,
       opt_state,
       state.round + 1,
+      clip,
     )
 
   parts = RoundParts(begin, block, end)
@@ -340,7 +371,7 @@ def federated(
       sent, sums, client_states, examples, cohort, watched, key
     )
     aux = RoundAux(report, payloads, sent, size)
-    return end(state, sums), client_states, aux
+    return end(state, sums, key), client_states, aux
 
   if protocol is not None:
     return FederatedAlgorithm(
@@ -381,7 +412,7 @@ def _encrypted_round(
     opened = np.float32(outcome.accepted.any())
     size = size + protocol.seal_bytes
     aux = RoundAux(report, (), sent, size, encrypted=outcome)
-    return end(state, (outcome.update, opened)), result.states, aux
+    return end(state, (outcome.update, opened), key), result.states, aux
 
   return round
 

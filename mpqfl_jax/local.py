@@ -35,12 +35,15 @@ class Schedule(NamedTuple):
     max_examples: the largest client's number of examples.
     epochs: passes over the client's examples.
     steps: number of steps instead of epochs; epochs follow one another.
+    poisson: whether a step's batch is drawn by a coin for each example, with
+      `batch_size` of them on average, instead of from a permutation.
   """
 
   batch_size: int
   max_examples: int
   epochs: int = 1
   steps: int | None = None
+  poisson: bool = False
 
   def num_steps(self, size: Array) -> Array:
     """Steps that a client of `size` examples takes, 0 for an empty one."""
@@ -59,6 +62,19 @@ class Schedule(NamedTuple):
     slot = jnp.arange(self.max_examples)
     return jnp.argsort(jnp.where(slot < size, draw, 2.0))
 
+  def expected(self, size: Array) -> Array:
+    """Examples of a Poisson batch on average, [] float32."""
+    return jnp.minimum(size, self.batch_size).astype(jnp.float32)
+
+  def _coins(self, key: Key, step: Array, size: Array) -> tuple[Array, Array]:
+    """A Poisson batch: slots, those drawn first, and which of them were."""
+    slot = jnp.arange(self.max_examples)
+    rate = self.expected(size) / jnp.maximum(size, 1)
+    coins = jax.random.uniform(jax.random.fold_in(key, step), slot.shape)
+    drawn = (slot < size) & (coins < rate)
+    first = jnp.argsort(~drawn)
+    return first, drawn[first]
+
   def fold(
     self,
     fn: Callable,
@@ -69,6 +85,8 @@ class Schedule(NamedTuple):
     order: Array,
   ) -> PyTree:
     """Folds `fn(carry, step, rows[batch], mask[batch])` over the batches.
+
+    A Poisson batch is as long as the largest client, those drawn first.
 
     Args:
       fn: returns the new carry.
@@ -85,6 +103,10 @@ class Schedule(NamedTuple):
 
     def body(step, state):
       permutation, carry = state
+      if self.poisson:
+        slot, drawn = self._coins(key, step, size)
+        rows = order[offset + jnp.where(drawn, slot, 0)]
+        return permutation, fn(carry, step, rows, drawn.astype(jnp.float32))
       epoch, batch = step // per_epoch, step % per_epoch
       permutation = lax.cond(
         batch == 0,
@@ -126,11 +148,35 @@ LocalTraining = Callable[
 Optimizer = Callable[[Array], optax.GradientTransformation]
 
 
+# (params, examples, rows[batch], mask[batch], examples to divide by [], key) ->
+# (mean loss, gradient)
+BatchGradient = Callable[
+  [Params, Examples, Array, Array, Array, Key], tuple[Array, Params]
+]
+
+
+def mean_gradient(model: Model) -> BatchGradient:
+  """The gradient of the mean cross-entropy over a batch."""
+
+  def mean_loss(params, examples, rows, mask, count):
+    losses = models.cross_entropy(
+      model, params, images(examples, rows), examples.y[rows]
+    )
+    return jnp.sum(mask * losses) / count
+
+  def gradient(params, examples, rows, mask, count, key):
+    del key
+    return jax.value_and_grad(mean_loss)(params, examples, rows, mask, count)
+
+  return gradient
+
+
 def sgd(
   model: Model,
   optimizer: Optimizer,
   schedule: Schedule,
   prox_mu: float = 0.0,
+  gradient: BatchGradient | None = None,
 ) -> LocalTraining:
   """Local training: FedAvg's client update, FedProx's or SCAFFOLD's.
 
@@ -145,23 +191,27 @@ def sgd(
     schedule: epochs or steps, and the batch size.
     prox_mu: weight of the proximal term, mu / 2 times the squared distance to
       the global model.
+    gradient: of a batch; that of the mean loss where None.
 
   Returns:
     A LocalTraining.
   """
+  batch_gradient = gradient or mean_gradient(model)
 
   def train(params, examples, offset, size, key, learning_rate, drift=None):
     rule = optimizer(learning_rate)
 
-    def batch_loss(local, rows, mask):
-      losses = models.cross_entropy(
-        model, local, images(examples, rows), examples.y[rows]
-      )
-      return jnp.sum(mask * losses) / jnp.sum(mask)
-
-    def step(carry, _, rows, mask):
+    def step(carry, number, rows, mask):
       local, state, loss, count = carry
-      value, grad = jax.value_and_grad(batch_loss)(local, rows, mask)
+      value, grad = batch_gradient(
+        local,
+        examples,
+        rows,
+        mask,
+        schedule.expected(size) if schedule.poisson else jnp.sum(mask),
+        # Beyond the keys of permutations and coins.
+        jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), number),
+      )
       if prox_mu:
         pull = trees.scale(prox_mu, trees.subtract(local, params))
         grad = trees.add(grad, pull)

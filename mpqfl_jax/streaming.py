@@ -128,7 +128,7 @@ def compiled(
   )
   end = (
     jax.jit(parts.end, donate_argnums=(0, 1), out_shardings=whole)
-    .lower(state, sums)
+    .lower(state, sums, put(key))
     .compile()
   )
 
@@ -154,7 +154,7 @@ def compiled(
       lambda *leaves: np.concatenate(leaves)[:count], *reports
     )
     aux = RoundAux(report, kept, sent, size)
-    return Done(end(state, sums), held, aux, before)
+    return Done(end(state, sums, key_there), held, aux, before)
 
   return in_blocks
 

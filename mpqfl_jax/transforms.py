@@ -10,7 +10,7 @@ from jax import flatten_util
 import jax.numpy as jnp
 
 from mpqfl_jax import errors, numerics, trees
-from mpqfl_jax.types import UpdateTransform
+from mpqfl_jax.types import Array, Update, UpdateTransform
 
 
 def identity() -> UpdateTransform:
@@ -56,17 +56,33 @@ def clip(max_norm: float, order: int = 2) -> UpdateTransform:
     UserError: `max_norm` is not a positive number.
   """
   require_finite("clip", max_norm)
-  norm_of = {1: trees.l1_norm, 2: trees.norm}[order]
 
   def fn(key, update):
     del key
-    norm = norm_of(update)
-    factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
-    return jax.tree.map(
-      lambda leaf: jnp.where(jnp.isfinite(norm), factor * leaf, 0.0), update
-    )
+    return clip_to(update, max_norm, order)[0]
 
   return _stateless(fn)
+
+
+def clip_to(
+  update: Update, max_norm: Array | float, order: int = 2
+) -> tuple[Update, Array]:
+  """`clip` with a norm that may be traced.
+
+  Args:
+    update: any pytree.
+    max_norm: [] float32.
+    order: 1 or 2.
+
+  Returns:
+    The clipped update; [] bool, whether it was finite and within the norm.
+  """
+  norm = {1: trees.l1_norm, 2: trees.norm}[order](update)
+  factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, 1e-12))
+  clipped = jax.tree.map(
+    lambda leaf: jnp.where(jnp.isfinite(norm), factor * leaf, 0.0), update
+  )
+  return clipped, norm <= max_norm
 
 
 def gaussian_noise(stddev: float) -> UpdateTransform:

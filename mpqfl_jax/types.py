@@ -137,12 +137,12 @@ class RoundParts(NamedTuple):
       sum of updates).
     block: (what the clients get, sum, client_states, examples, cohort, watched,
       key) -> (sum, client_states, `engine.ClientReport`, payloads).
-    end: (server_state, sum) -> server_state.
+    end: (server_state, sum, key) -> server_state.
   """
 
   begin: Callable[..., tuple[PyTree, Array, PyTree]]
   block: Callable[..., tuple[PyTree, PyTree, Any, Payload]]
-  end: Callable[[PyTree, PyTree], PyTree]
+  end: Callable[[PyTree, PyTree, Key], PyTree]
 
 
 class FederatedAlgorithm(NamedTuple):
@@ -252,6 +252,8 @@ class Observation(NamedTuple):
       adversary.
     labels: [steps, batch], int32, or None where the adversary must infer them.
     learning_rate: [] float32, the client's SGD step size.
+    clips: [2] float32, the L1 and the L2 norm to which the client scaled its
+      update down, infinite where it did not; None for a blind adversary.
   """
 
   params: Params
@@ -259,3 +261,4 @@ class Observation(NamedTuple):
   bins: Bins | None
   labels: Array | None
   learning_rate: Array
+  clips: Array | None = None

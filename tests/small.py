@@ -83,6 +83,7 @@ def algorithm(
   downlink: str = "none",
   scaffold: bool = False,
   deadline: federated.Deadline | None = None,
+  central=None,
   net: Model | None = None,
   sizes: np.ndarray = SIZES,
   protocol=None,
@@ -99,6 +100,7 @@ def algorithm(
     dropout,
     scaffold,
     deadline,
+    central,
   )
   name, server_lr = server
   built = federated.federated(

@@ -8,7 +8,7 @@ import scipy.fft
 import scipy.optimize
 import scipy.stats
 
-from mpqfl_jax import errors, models, types
+from mpqfl_jax import errors, models, transforms, types
 from mpqfl_jax.attacks import (
   coordinates,
   core,
@@ -56,6 +56,32 @@ def test_absolute_distance_counts_first_layers_most():
   want = (0.25 + 1) / (4 + 1 + 16) + 0.1 * absolute
   got = objectives.squared_and_absolute(u, seen(v))
   np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clips", [(np.inf, 0.5), (1.0, np.inf), (9.0, 9.0)])
+def test_an_adversary_who_knows_the_clip_explains_the_update(clips):
+  truth = two_leaves(0)
+  sent, _ = transforms.clip_to(truth, clips[0], order=1)
+  sent, _ = transforms.clip_to(sent, clips[1], order=2)
+  blind, knowing = (
+    types.Observation({}, sent, None, None, jnp.float32(1), clips=known)
+    for known in (None, jnp.asarray(clips, jnp.float32))
+  )
+  assert objectives.squared(truth, knowing) < 1e-10
+  assert abs(objectives.cosine(truth, knowing)) < 1e-6
+  likely, unlikely = (
+    objectives.log_likelihood(truth, o, 0.1) for o in (knowing, blind)
+  )
+  if clips != (9.0, 9.0):
+    assert objectives.squared(truth, blind) > 0.1
+    assert likely > unlikely + 1
+  # A candidate that was not clipped is compared as it is.
+  little = jax.tree.map(lambda leaf: 0.01 * leaf, truth)
+  np.testing.assert_allclose(
+    objectives.squared(little, knowing), objectives.squared(little, blind)
+  )
+  gradient = jax.grad(objectives.squared)(two_leaves(1), knowing)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 @pytest.mark.parametrize("knowledge", ["blind", "nearest", "stochastic"])

@@ -20,7 +20,6 @@ from experiments import (
   main,
   observations,
   setting,
-  train,
 )
 from mpqfl_jax import attacks, local, metrics, models
 
@@ -159,7 +158,7 @@ def test_the_attacked_images_are_the_clients_own(attacked):
       row = int(re.fullmatch(r"train:(\d+)", line["image"])[1])
       held = built.clients.client(line["client"])
       assert row in held
-      cohort = train.sample(values, built, line["round"])
+      cohort = setting.sample(values, built.clients, line["round"])
       assert line["client"] in cohort.client_id
       assert line["batch_size"] * line["local_steps"] == len(held)
 
@@ -456,6 +455,91 @@ def test_final_params_digest_is_as_documented():
   assert summary.params_sha256(params) == want
 
 
+def test_poisson_cohorts_are_coins_and_all_of_one_length():
+  values = from_args(
+    *SMALL, "--client_sampling=poisson", "--rounds=200", "--cohort_size=20"
+  )
+  built = setting.build(values)
+  cohorts = [setting.sample(values, built.clients, r) for r in range(1, 201)]
+  assert len({len(c.client_id) for c in cohorts}) == 1
+  present = [c.client_id[c.size > 0] for c in cohorts]
+  counts = np.array([len(ids) for ids in present])
+  # Binomial(400, 1/20): mean 20, variance 19.
+  assert abs(counts.mean() - 20) < 4 * np.sqrt(19 / 200)
+  assert 0.7 * 19 < counts.var() < 1.4 * 19
+  for cohort, ids in zip(cohorts, present, strict=True):
+    assert len(set(cohort.client_id)) == len(cohort.client_id)
+    assert (cohort.size[: len(ids)] == built.clients.sizes[ids]).all()
+  assert max(counts) == len(cohorts[0].client_id)
+  protocol = built.protocol
+  assert protocol.sampling_rate == 20 / 400
+  want = np.bincount(np.concatenate(present), minlength=400)
+  np.testing.assert_array_equal(protocol.ledger.participations, want)
+
+
+@pytest.mark.slow
+def test_every_mechanism_trains_and_is_attacked(tmp_path):
+  run = tmp_path / "run"
+  specs_ = [
+    "dp_gaussian(epsilon=20)",
+    "dp_laplace(clip=9,epsilon=20)",
+    "dp_pbm(epsilon=20,trials=1)",
+    "dp_rqm(levels=4)",
+    "dp_sgd(epsilon=20)",
+    "dp_central",
+  ]
+  status = execute(
+    *SMALL,
+    f"--output_dir={run}",
+    f"--defense={','.join(specs_)}",
+    "--attack=dlg(iterations=3)",
+    "--attack_knowledge=blind,adaptive",
+  )
+  assert status == 0
+  summary = json.loads((run / "summary.json").read_text())
+  for spec, entry in summary["defenses"].items():
+    assert set(entry["attacks"]["dlg"]) == {"blind", "adaptive"}
+    if "epsilon=20" in spec:
+      assert 19.8 < entry["epsilon"] <= 20 * (1 + 1e-9)
+    assert entry["epsilon"] > 0 and entry["delta"] == 1e-5
+    assert entry["epsilon_unit"] == (
+      "example" if spec.startswith("dp_sgd") else "client"
+    )
+  # One bit an entry, and the header.
+  bits = summary["defenses"]["dp_pbm(epsilon=20,trials=1)"]
+  assert bits["uplink_bytes_per_client"] < (
+    summary["uplink_bytes_per_client_float32"] / 30
+  )
+
+
+def test_a_poisson_run_under_central_privacy(tmp_path):
+  run = tmp_path / "run"
+  status = execute(
+    *SMALL,
+    f"--output_dir={run}",
+    "--client_sampling=poisson",
+    "--defense=dp_central(epsilon=5,adaptive=True,count_stddev=9)",
+  )
+  assert status == 0
+  summary = json.loads((run / "summary.json").read_text())
+  entry = next(iter(summary["defenses"].values()))
+  assert (entry["epsilon_model"], entry["epsilon_unit"]) == (
+    "central",
+    "client",
+  )
+  assert 4.9 < entry["epsilon"] <= 5
+  rounds = lines(run / "metrics.jsonl")
+  assert [r["epsilon"] for r in rounds] == sorted(r["epsilon"] for r in rounds)
+  # Who is not there gets no model and sends nothing.
+  for r in rounds:
+    assert (
+      r["uplink_bytes"]
+      == r["participants"] * (entry["uplink_bytes_per_client"])
+    )
+  page = (run / "report.html").read_text()
+  assert "not against the server" in page
+
+
 @pytest.mark.parametrize(
   "args, words",
   [
@@ -464,6 +548,21 @@ def test_final_params_digest_is_as_documented():
     (["--partition=irid"], "Did you mean 'iid'"),
     (["--partition=dirichlet", "--dirichlet_alpha=0"], "alpha"),
     (["--defense=papr"], "Did you mean 'paper'"),
+    (["--algorithm=scaffold", "--defense=dp_pbm"], "control variates"),
+    (["--algorithm=scaffold", "--defense=dp_central"], "control variates"),
+    (["--aggregator=median", "--defense=dp_central"], "about a sum"),
+    (["--client_sampling=coin"], "client_sampling"),
+    (["--algorithm=fed_sgd", "--defense=dp_sgd"], "Expected fed_avg"),
+    (
+      ["--attack=dlg", "--defense=dp_sgd(batches=poisson)"],
+      "Expected batches=fixed",
+    ),
+    (["--defense=dp_gaussian(noise_multiplier=0)"], "without noise"),
+    (
+      ["--defense=dp_gaussian(noise_multiplier=0,epsilon=8)"],
+      "contradict each other",
+    ),
+    (["--defense=dp_laplace(epsilon=-1)"], "epsilon=-1: expected a number"),
     (["--defense=prune(ratios=1)"], "Did you mean 'ratio'"),
     (["--defense=prune(ratio=2)"], "ratio"),
     (["--defense=none,none"], "twice"),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import scaling, setting, train
+from experiments import scaling, setting
 from mpqfl_jax import errors
 from mpqfl_jax.report import html
 from mpqfl_jax.report import scaling as report
@@ -140,7 +140,7 @@ def test_a_million_clients_are_only_indices():
   assert set(built.clients.sizes) == {1}
   held = (built.clients.order.nbytes + built.clients.offsets.nbytes) / 1e6
   assert held <= 16
-  cohort = train.sample(values, built, 2)
+  cohort = setting.sample(values, built.clients, 2)
   assert len(set(cohort.client_id.tolist())) == 10_000
   assert cohort.client_id.max() > 900_000
   rows = built.clients.order[cohort.offset]

@@ -18,12 +18,25 @@ from mpqfl_jax.types import Array, Observation, Update
 VARIANCE_FLOOR = 1e-4
 
 
+def as_sent(simulated: Update, observation: Observation) -> Update:
+  """The simulated update after the clipping that the adversary knows of."""
+  if observation.clips is None:
+    return simulated
+  limits = observation.clips
+  # Smooth at zero, and away from it equal to the norms.
+  l1 = trees.l1_norm(simulated) + 1e-20
+  l2 = jnp.sqrt(trees.squared_norm(simulated) + 1e-30)
+  factor = jnp.minimum(1.0, jnp.minimum(limits[0] / l1, limits[1] / l2))
+  return trees.scale(factor, simulated)
+
+
 def residual(simulated: Update, observation: Observation) -> Update:
   """Simulated minus observed update, entry by entry.
 
   For an adaptive adversary the residual of a deterministically rounded entry is
   its distance from the interval it lay in, with its sign.
   """
+  simulated = as_sent(simulated, observation)
   bins = observation.bins
   if bins is None:
     return trees.subtract(simulated, observation.update)
@@ -98,6 +111,7 @@ def cosine(simulated: Update, observation: Observation) -> Array:
   Geiping et al. 2020, equation 4. An adaptive adversary moves the observed
   update to the nearest one that its payload allows.
   """
+  simulated = as_sent(simulated, observation)
   w = weights(observation)
   target = observation.update
   if observation.bins is not None:
@@ -149,6 +163,7 @@ def log_likelihood(
     smoothing: width of the logistic in root mean squares of the leaf; the
       search lowers it from about 1 to nearly 0.
   """
+  simulated = as_sent(simulated, observation)
   if observation.bins is None:
     return sum(
       map(
