@@ -290,8 +290,9 @@ def draws(seed: Array, cut: Shape) -> Array:
 
 
 def flat(codes: Array, entries: int) -> Array:
-  """Codes as `bitpack.pack` takes them, from a shape of `halved`."""
-  return codes if is_halved(codes.shape) else codes.reshape(-1)[:entries]
+  """Codes as `bitpack.pack` takes them: halves, or without the padding."""
+  whole = codes.size == entries and is_halved(codes.shape)
+  return codes if whole else codes.reshape(-1)[:entries]
 
 
 def is_halved(cut: Shape) -> bool:

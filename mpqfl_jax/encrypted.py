@@ -87,9 +87,8 @@ def options(
       f"min_clients={min_clients}. Expected a whole number from 3: of a sum of"
       " two, the key holder knows one and so the other."
     )
-  words = {"true": True, "false": False}
-  holds = words.get(str(attacker_holds_key).lower())
-  if holds is None:
+  holds = attacker_holds_key
+  if not isinstance(holds, bool):
     raise errors.UserError(
       f"attacker_holds_key={attacker_holds_key}. Expected true or false."
     )

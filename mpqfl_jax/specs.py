@@ -39,7 +39,7 @@ def split(text: str) -> list[str]:
 def parse(text: str) -> tuple[str, dict[str, Any]]:
   """Parses `name(key=value,...)`.
 
-  Values are Python literals; a bare word is a string.
+  Values are Python literals, `true` or `false`; another bare word is a string.
 
   Args:
     text: one item, such as `qsgd(levels=4,norm=max)`.
@@ -61,6 +61,9 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     key, value = key.strip(), value.strip()
     if not equals or not key.isidentifier() or not value or key in params:
       raise _malformed(text)
+    if value in ("true", "false"):
+      params[key] = value == "true"
+      continue
     try:
       params[key] = ast.literal_eval(value)
     except (ValueError, SyntaxError):

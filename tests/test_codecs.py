@@ -312,3 +312,23 @@ def test_error_feedback_sends_everything_in_the_end():
     whole,
     update,
   )
+
+
+@pytest.mark.parametrize(
+  ("entries", "group"),
+  [(60, 32), (61, 4), (64, 32), (72, 8), (128, 16), (45, 24), (1024, 64)],
+)
+def test_groups_with_and_without_padding(entries, group):
+  params = {"a": jnp.zeros(entries)}
+  x = np.random.default_rng(0).standard_normal(entries).astype(np.float32)
+  for rounding, steps in (("nearest", 0.5), ("stochastic", 1.0)):
+    codec = precision.make("int4", params, granularity=group, rounding=rounding)
+    payload, _ = codec.encode(jax.random.key(1), {"a": x}, codec.init(params))
+    message = codec.pack(payload)
+    assert len(message) == codec.num_bytes(payload)
+    got = np.asarray(codec.decode(codec.unpack(message))["a"])
+    for start in range(0, entries, group):
+      part = slice(start, start + group)
+      scale = np.abs(x[part]).max() / 7
+      worst = np.abs(got[part] - x[part]).max()
+      assert worst <= steps * scale * (1 + 1e-5)

@@ -27,6 +27,7 @@ def test_split(text, items):
     ("prune(ratio=0.9)", "prune", {"ratio": 0.9}),
     ("qsgd(levels=4, norm=max)", "qsgd", {"levels": 4, "norm": "max"}),
     ("f(a=True,b='x y')", "f", {"a": True, "b": "x y"}),
+    ("f(a=true,b=false,c=trued)", "f", {"a": True, "b": False, "c": "trued"}),
     ("policy/mine.toml", "policy/mine.toml", {}),
   ],
 )
