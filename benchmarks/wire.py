@@ -165,10 +165,12 @@ def markdown(rows: Sequence[Row]) -> str:
   size = {row["model"]: row["parameters"] for row in rows}
   head = ["codec"]
   for name in names:
-    head.append(f"{name} ({size[name]:,}): bytes, coded, gain")
-  head += ["bits a code: width, entropy, coded, coded as neighbours"]
-  head += [f"{last}, client ms: pack, with coding"]
-  head += [f"{last}, server ms: read, with coding"]
+    head.append(f"`{name}`, {size[name]:,} parameters: bytes / coded / gain")
+  head += [
+    "bits a code: width / entropy / coded / coded, were neighbours packed"
+  ]
+  head += ["client, ms: pack / and code"]
+  head += ["server, ms: read / decode and read"]
   lines = [head, ["---"] * len(head)]
   for codec in dict.fromkeys(row["codec"] for row in rows):
     cells = [f"`{codec}`"]

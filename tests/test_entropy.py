@@ -16,6 +16,7 @@ import pytest
 import xxhash
 import zstandard
 
+from benchmarks import wire as bench
 from mpqfl_jax import entropy, errors, precision, wire
 
 MAGIC = bytes.fromhex("28b52ffd")
@@ -297,3 +298,20 @@ def test_decoding_and_bins_are_those_of_the_codec():
 def test_mistakes_are_named(spec, what):
   with pytest.raises(errors.UserError, match=what):
     precision.make("int8", PARAMS, entropy=spec)
+
+
+def test_the_benchmark_packs_neighbours_and_writes_its_table(tmp_path):
+  packed = bench.neighbours(np.array([1, 2, 3]), 16)
+  assert packed == bytes([0x21, 0x03])
+  # 1 + 3 * 2 + 9 * 0 + 27 * 1 + 81 * 2, then 2.
+  packed = bench.neighbours(np.array([1, 2, 0, 1, 2, 2]), 3)
+  assert packed == bytes([196, 2])
+  page = tmp_path / "page.md"
+  marks = [f"<!-- benchmarks.wire: {word} -->" for word in ("begin", "end")]
+  page.write_text(f"a\n{marks[0]}\nold\n{marks[1]}\nb\n")
+  bench.write(page, "new\n")
+  assert page.read_text() == f"a\n{marks[0]}\n\nnew\n\n{marks[1]}\nb\n"
+  bare = tmp_path / "bare.md"
+  bare.write_text("a\n")
+  with pytest.raises(SystemExit, match="expected the lines"):
+    bench.write(bare, "new\n")
