@@ -287,6 +287,8 @@ def run(
 
 def merge(rows: list[Row], peak_gflops: float) -> list[Row]:
   """One row a system and plan, from all its turns."""
+  from mpqfl_jax import host
+
   found: dict[tuple[str, str], list[Row]] = {}
   for row in rows:
     found.setdefault((row["system"], row["plan"]), []).append(row)
@@ -309,18 +311,11 @@ def merge(rows: list[Row], peak_gflops: float) -> list[Row]:
         "peak_rss_mb": min(turn["peak_rss_mb"] for turn in turns),
         "first_round_seconds": min(t["first_round_seconds"] for t in turns),
         "update_error": max(turn["update_error"] for turn in turns),
-        "cpu": _cpu(),
+        "cpu": host.processor(),
         "cores": os.cpu_count(),
       }
     )
   return merged
-
-
-def _cpu() -> str:
-  for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-    if line.startswith("model name"):
-      return line.partition(":")[2].strip()
-  return "unknown"
 
 
 def print_table(rows: list[Row]) -> None:

@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Iterable
 import json
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import jax
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from benchmarks import federated_task
+from benchmarks import federated_task, page
 from mpqfl_jax import distributed, engine, models, sharding, trees
 
 CLIENTS = 1_000_000
@@ -229,17 +228,6 @@ def sum_table(sums: Iterable[dict]) -> str:
   return "\n".join(rows)
 
 
-def put_in(page: str, block: str, text: str) -> str:
-  """The page with another text between the marks of a block."""
-  begin, end = f"<!-- {block}: begin -->", f"<!-- {block}: end -->"
-  pattern = re.escape(begin) + r".*?" + re.escape(end)
-  if len(re.findall(pattern, page, re.DOTALL)) != 1:
-    raise ValueError(f"the page needs one {begin} and one {end}")
-  return re.sub(
-    pattern, lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL
-  )
-
-
 def main() -> None:
   """Prints the tables, and puts them into a page where one is named."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -267,10 +255,8 @@ def main() -> None:
   for text in blocks.values():
     print(text, end="\n\n")
   if flags.page:
-    page = flags.page.read_text()
     for block, text in blocks.items():
-      page = put_in(page, block, text)
-    flags.page.write_text(page)
+      page.put(flags.page, block, text)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,11 @@ def merge(rows: list[Row]) -> list[Row]:
   """The best of all rounds for each system and codec."""
   best: dict[tuple[str, str], Row] = {}
   copy = max(row["memcpy_gb_s"] for row in rows)
+  # Not at the top: a peer's environment has no part of this package.
+  from mpqfl_jax import host
+
   for row in rows:
+    row |= {"cpu": host.processor(), "cores": os.cpu_count()}
     kept = best.setdefault((row["codec"], row["system"]), dict(row))
     kept["memcpy_gb_s"] = copy
     for rate in ("encode_gb_s", "decode_gb_s"):
@@ -280,6 +284,34 @@ def print_table(rows: list[Row]) -> None:
   print(f"copying float32: {rows[0]['memcpy_gb_s']:.2f} GB/s")
 
 
+def markdown(rows: list[Row]) -> str:
+  """The table of `docs/quantization.md`: a line a codec, all systems in it."""
+  systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
+  names = " / ".join(["ours", *systems[1:]])
+  lines = [
+    f"| Codec | Bits | Encode, GB/s: {names} | Share of a copy"
+    f" | Decode, GB/s: {names} | Share of a copy |",
+    "| :-- | --: | --: | --: | --: | --: |",
+  ]
+  for codec in dict.fromkeys(row["codec"] for row in rows):
+    mine = {row["system"]: row for row in rows if row["codec"] == codec}
+    ours = mine.get("mpqfl_jax")
+    if ours is None:
+      continue
+    cells = [codec, f"{ours['bits_per_element']:.2f}"]
+    for rate in ("encode_gb_s", "decode_gb_s"):
+      values = [f"{mine[s][rate]:.2f}" if s in mine else "-" for s in systems]
+      share = ours[rate] / ours["memcpy_gb_s"]
+      cells += [" / ".join(values), f"{share:.0%}"]
+    lines.append("| " + " | ".join(cells) + " |")
+  copy, count = rows[0]["memcpy_gb_s"], rows[0]["elements"]
+  lines.append(
+    f"\n{count:,} elements on {rows[0]['cpu']}, {rows[0]['cores']} cores;"
+    f" copying float32 reaches {copy:.1f} GB/s."
+  )
+  return "\n".join(lines)
+
+
 def main() -> None:
   """Runs the benchmark."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -287,6 +319,9 @@ def main() -> None:
   parser.add_argument("--peers", default="", help="of qwix, torch")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--json", default="", help="file to write")
+  parser.add_argument(
+    "--write", type=pathlib.Path, help="page whose table to replace"
+  )
   parser.add_argument(
     "--peers_dir", type=pathlib.Path, default=pathlib.Path(".venv-peers")
   )
@@ -307,6 +342,10 @@ def main() -> None:
   print_table(rows)
   if flags.json:
     pathlib.Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n")
+  if flags.write:
+    from benchmarks import page
+
+    page.put(flags.write, "benchmarks.quantize", markdown(rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 from collections.abc import Callable, Sequence
 import json
 import pathlib
-import re
 import time
 from typing import Any
 
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import page
 from mpqfl_jax import (
   bitpack,
   datasets,
@@ -200,19 +200,6 @@ def _bits(row: Row) -> str:
   return f"{width:.2f} / {row['entropy_bits']:.2f} / {coded:.2f} / {beside:.2f}"
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  """Puts a table between the comments that name this file."""
-  begin, end = (
-    f"<!-- benchmarks.wire: {word} -->" for word in ("begin", "end")
-  )
-  page = path.read_text()
-  if begin not in page or end not in page:
-    raise SystemExit(f"{path}: expected the lines {begin} and {end}")
-  pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-  block = f"{begin}\n\n{text}\n{end}"
-  path.write_text(pattern.sub(lambda _: block, page))
-
-
 def main() -> None:
   """Runs the benchmark."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -234,7 +221,7 @@ def main() -> None:
   if flags.json:
     pathlib.Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n")
   if flags.write:
-    write(flags.write, table)
+    page.put(flags.write, "benchmarks.wire", table)
 
 
 if __name__ == "__main__":

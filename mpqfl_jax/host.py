@@ -14,6 +14,7 @@ default, which halves the speed of loops on processors with AVX-512.
 import ctypes
 import os
 import pathlib
+import platform
 import sys
 
 # Variable of the environment, glibc's number of it in `mallopt`, value.
@@ -55,7 +56,18 @@ def tune() -> None:
     os.environ["XLA_FLAGS"] = wanted["XLA_FLAGS"]
 
 
+def processor() -> str:
+  """The processor's name, for tables of measurements."""
+  return _processor("model name") or platform.processor() or "unknown processor"
+
+
 def _processor_flags() -> list[str]:
+  return _processor("flags").split()
+
+
+def _processor(field: str) -> str:
   info = pathlib.Path("/proc/cpuinfo")
-  lines = info.read_text().splitlines() if info.exists() else []
-  return next((line.split() for line in lines if line.startswith("flags")), [])
+  for line in info.read_text().splitlines() if info.exists() else []:
+    if line.startswith(field):
+      return line.partition(":")[2].strip()
+  return ""

@@ -8,10 +8,10 @@ that name the run, and is written from its `summary.json`.
 
 import json
 import pathlib
-import re
 import shutil
 import sys
 
+from benchmarks import page
 from mpqfl_jax.report import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -33,13 +33,9 @@ def update(run_dir: pathlib.Path, root: pathlib.Path = ROOT) -> None:
   for path in sorted((run_dir / "figures").glob("*.png")):
     shutil.copyfile(path, target / path.name)
   readme = root / "README.md"
-  text = readme.read_text()
-  begin, end = (f"<!-- {run_dir.name}: {w} -->" for w in ("begin", "end"))
-  if begin in text:
+  if f"<!-- {run_dir.name}: begin -->" in readme.read_text():
     summary = json.loads((run_dir / "summary.json").read_text())
-    block = f"{begin}\n\n{tables.markdown(summary).strip()}\n\n{end}"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-    readme.write_text(pattern.sub(lambda _: block, text))
+    page.put(readme, run_dir.name, tables.markdown(summary))
 
 
 if __name__ == "__main__":
