@@ -36,8 +36,8 @@ def _define() -> None:
     TASKS,
     "train: a federated run, attacked where"
     " --attack is set; attack: invert the updates of given images; study: a"
-    " grid of both, one table of claims; scaling: what a round costs against the"
-    " number of its clients.",
+    " grid of both, one table of claims; scaling: what a round costs against"
+    " the number of its clients.",
   )
   f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
   f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")

@@ -233,15 +233,33 @@ def test_pruning_is_delicate(outcomes, verdict):
   assert claims.pruning_is_delicate(pruned(outcomes)).verdict == verdict
 
 
+LATE = {"weights": "trained", "round": 20}
+STEPS, BATCH = {"local_steps": 4}, {"batch_size": 8}
+
+
+def throughout(*settings, none=GOOD):
+  found = []
+  for psnr, kw in settings:
+    found += [attacked("none", none, **kw), attacked("paper", psnr, **kw)]
+  return claims.holds_throughout(results(attacks=found))
+
+
 def test_later_training_and_larger_batches():
-  late = {"weights": "trained", "round": 20}
-  steps, batch = {"local_steps": 4}, {"batch_size": 8}
-  same = [attacked("paper", BAD, **kw) for kw in ({}, late, steps, batch)]
-  assert claims.holds_throughout(results(attacks=same)).verdict == "holds"
-  part = claims.holds_throughout(results(attacks=same[:2]))
-  assert part.verdict == "open" and "local steps, batch size" in part.words
-  worse = [*same[:2], attacked("paper", GOOD, **batch)]
-  assert claims.holds_throughout(results(attacks=worse)).verdict == "fails"
+  same = [(BAD, kw) for kw in ({}, LATE, STEPS, BATCH)]
+  assert throughout(*same).verdict == "holds"
+  part = throughout(*same[:2])
+  assert part.verdict == "open" and "local steps, batch" in part.words
+  # All at once says nothing of each.
+  mixed = throughout((BAD, {}), (BAD, LATE | STEPS | BATCH))
+  assert mixed.verdict == "open" and "trained weights, local" in mixed.words
+  assert throughout(*same[:2], (GOOD, BATCH)).verdict == "fails"
+
+
+def test_nothing_can_be_lost_where_nothing_was_hidden_or_shown():
+  leaky = throughout(*((GOOD, kw) for kw in ({}, LATE, STEPS, BATCH)))
+  assert leaky.verdict == "open" and "nothing to keep" in leaky.words
+  weak = throughout(*((BAD, kw) for kw in ({}, LATE, STEPS, BATCH)), none=BAD)
+  assert weak.verdict == "open" and "not shown to work" in weak.words
 
 
 RNG = np.random.default_rng(0)

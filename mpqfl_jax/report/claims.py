@@ -430,55 +430,64 @@ def pruning_is_delicate(results: Results) -> Claim:
 def holds_throughout(results: Results) -> Claim:
   """(i) How it holds as training proceeds, with batch size and local steps."""
   statement = (
-    "The mixed scheme hides as much later in training, from larger batches and"
-    " over several local steps."
+    "What the mixed scheme hides stays hidden later in training, in larger"
+    " batches and over several local steps."
   )
   mixed = main_mixed(results)
-  found = {}
-  for name in evidence.datasets(results) if mixed else ():
-    base = evidence.base_setting(results, name)
-    mine = [
-      a
-      for a in results.attacks
-      if a["dataset"] == name and a["defense"] == mixed
-    ]
-    places = list(dict.fromkeys(evidence.setting(a) for a in mine))
-    tops = {
-      place: top
-      for place in places
-      if (
-        top := evidence.strongest(
-          evidence.lines(results, name, mixed or "", where=place)
-        )
-      )
-    }
-    if base is None or base not in tops:
-      continue
-    told = [
-      f"{_place(place)} {_counted(top.rate)}, median {top.median.value:.1f} dB"
-      for place, top in tops.items()
-    ]
-    worse = [
-      top for top in tops.values() if top.rate.low > tops[base].rate.high
-    ]
-    # Each axis needs another level than the base's.
-    missing = [
-      what
-      for i, what in enumerate(("trained weights", "local steps", "batch size"))
-      if all(place[i] == base[i] for place in tops)
-    ]
-    text = "; ".join(told) + "."
-    if worse:
-      verdict, figure = FAILS, _rate(worse[0].rate)
-    else:
-      verdict = OPEN if missing else HOLDS
-      figure = _rate(max((t.rate for t in tops.values()), key=lambda r: r.rate))
-    if missing:
-      text += f" Not varied: {', '.join(missing)}."
-    found[name] = Finding(verdict, figure, text)
+  found = {
+    name: finding
+    for name in evidence.datasets(results)
+    if mixed and (finding := _throughout(results, name, mixed)) is not None
+  }
   return combine(
     "i", statement, "rate", found, "No attack on a mixed scheme was run."
   )
+
+
+def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
+  places = dict.fromkeys(
+    evidence.setting(a) for a in results.attacks if a["dataset"] == dataset
+  )
+  tops, told = {}, []
+  for place in places:
+    top, bare = (
+      evidence.strongest(evidence.lines(results, dataset, name, where=place))
+      for name in (mixed, "none")
+    )
+    if top is None:
+      continue
+    text = f"{_place(place)} {_counted(top.rate)}, median"
+    text += f" {top.median.value:.1f} dB"
+    if bare is None or bare.rate.low <= LEAKS_FROM:
+      text += " (not shown to work on undefended updates)"
+    else:
+      tops[place] = top
+    told.append(text)
+  if not told:
+    return None
+  words = "; ".join(told) + "."
+  base = evidence.base_setting(results, dataset)
+  if base is None or base not in tops:
+    return Finding(OPEN, None, words)
+  figure = _rate(max((t.rate for t in tops.values()), key=lambda r: r.rate))
+  if tops[base].rate.low > LEAKS_FROM:
+    words += " It leaks in the first of them, so that there is nothing to keep."
+    return Finding(OPEN, figure, words)
+  worse = [t for t in tops.values() if t.rate.low > tops[base].rate.high]
+  if worse:
+    return Finding(FAILS, _rate(worse[0].rate), words)
+  missing = [
+    what
+    for axis, what in enumerate(("trained weights", "local steps", "batch"))
+    if not any(_differ_in(a, b) == {axis} for a in tops for b in tops)
+  ]
+  if missing:
+    words += f" Not varied by itself: {', '.join(missing)}."
+  return Finding(OPEN if missing else HOLDS, figure, words)
+
+
+def _differ_in(a: tuple, b: tuple) -> set[int]:
+  return {i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y}
 
 
 def _tried(results: Results, dataset: str) -> list[str]:
