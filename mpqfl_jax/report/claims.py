@@ -423,7 +423,7 @@ def pruning_is_delicate(results: Results) -> Claim:
     statement,
     "ratios that stop the attacks for less than a point",
     found,
-    "Fewer than three ratios of `prune` in the grid.",
+    "Fewer than three ratios of pruning in the grid.",
   )
 
 

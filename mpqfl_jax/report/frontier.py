@@ -313,9 +313,14 @@ def draw(results: Results, folder: pathlib.Path) -> figures.Figure | None:
         zorder=3,
       )
       places.append((x, y))
-    edge = sorted(_coordinates(p)[:2] for p in mine if p.pareto)
-    ax.plot(*zip(*edge, strict=True), color=style.RULE, lw=1.2, zorder=1)
-    values = [y for _, y in places]
+      ax.errorbar(
+        [x], [y], [p.deviation or 0.0], color=look.color, lw=1, alpha=0.5
+      )
+    values = [
+      y + side * (p.deviation or 0.0)
+      for (_, y), p in zip(places, mine, strict=True)
+      for side in (-1, 1)
+    ]
     room = 0.22 * max(max(values) - min(values), 1)
     ax.set_ylim(min(values) - room, max(values) + 1.4 * room)
     ax.set_xlim(0, max(26, 1.12 * max(x for x, _ in places)))
@@ -342,8 +347,9 @@ def draw(results: Results, folder: pathlib.Path) -> figures.Figure | None:
     "Scatter plots of accuracy against the strongest attack. "
     + "; ".join(said)
     + ".",
-    "Up and to the left is better; the area of a mark is its bytes. Filled: no"
-    " other defence is at least as good in all three. Right of the"
+    "Up and to the left is better; the area of a mark is its bytes, the bar the"
+    " deviation over seeds. Filled: no other defence is at least as good in all"
+    " three. Right of the"
     f" {metrics.SUCCESS_DB:.0f} dB line the private image is there to see.",
     800,
   )

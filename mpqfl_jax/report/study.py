@@ -246,7 +246,11 @@ def _answer(study: Study, judged: Sequence[claims.Claim]) -> list[str]:
     )
     + ".",
   ]
-  out += [f"({k}) {by_key[k].words}" for k in ("a", "d") if by_key[k].value]
+  out += [
+    f"({k}) {by_key[k].words}"
+    for k in ("a", "d")
+    if by_key[k].value is not None
+  ]
   best = [p for p in frontier.points(study.results) if p.pareto]
   looks = style.styles(evidence.defenses(study.results))
   for dataset in dict.fromkeys(p.dataset for p in best):
