@@ -22,7 +22,7 @@ from mpqfl_jax import (
 from mpqfl_jax import attacks as attacks_lib
 
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
-TASKS = ("train", "attack", "scaling")
+TASKS = ("train", "attack", "study", "scaling")
 ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
 SAMPLINGS = ("uniform", "poisson")
 KNOWLEDGE = ("blind", "adaptive")
@@ -36,8 +36,9 @@ def _define() -> None:
     "train",
     TASKS,
     "train: a federated run, attacked where"
-    " --attack is set; attack: invert the updates of given images; scaling:"
-    " what a round costs against the number of its clients.",
+    " --attack is set; attack: invert the updates of given images; study: a"
+    " grid of both, one table of claims; scaling: what a round costs against"
+    " the number of its clients.",
   )
   f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
   f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")
@@ -177,6 +178,24 @@ def _define() -> None:
   f.DEFINE_bool("labels_known", False, "Whether the attacker has the labels.")
 
   f.DEFINE_string(
+    "study_datasets", "mnist_sample", "Data sets of --task=study."
+  )
+  f.DEFINE_string(
+    "study_seeds",
+    "0,1,2",
+    "Seeds of its training runs; updates are attacked under the first.",
+  )
+  f.DEFINE_string(
+    "study_batches", "1", "Images in a step of the updates that it attacks."
+  )
+  f.DEFINE_string("study_local_steps", "1", "Local steps of these updates.")
+  f.DEFINE_string(
+    "study_encryption",
+    None,
+    "Costs that python -m benchmarks.encryption wrote with --json.",
+  )
+
+  f.DEFINE_string(
     "plan", "auto", "How a cohort is executed: auto, loop, vmap, chunk(size=8)."
   )
   f.DEFINE_integer(
@@ -249,6 +268,11 @@ class Config:
   attack_images: str
   attack_restarts: int | None
   labels_known: bool
+  study_datasets: tuple[str, ...]
+  study_seeds: tuple[int, ...]
+  study_batches: tuple[int, ...]
+  study_local_steps: tuple[int, ...]
+  study_encryption: str | None
   plan: str
   devices: int | None
   coordinator_address: str | None
@@ -269,12 +293,18 @@ def from_flags(values: flags.FlagValues) -> Config:
 
 
 def _resolve(given: dict[str, Any]) -> Config:
-  for name in ("defense", "attack", "attack_knowledge"):
+  for name in ("defense", "attack", "attack_knowledge", "study_datasets"):
     given[name] = tuple(specs.split(given[name]))
-  for name in ("attack_rounds", "scaling_clients"):
+  for name in (
+    "attack_rounds",
+    "scaling_clients",
+    "study_seeds",
+    "study_batches",
+    "study_local_steps",
+  ):
     given[name] = _numbers(name, str(given[name]))
   config = Config(**given)
-  _check(config)
+  check(config)
   return config
 
 
@@ -299,7 +329,8 @@ def make(**changes: Any) -> Config:
   return _resolve(given)
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+  """Raises UserError where values cannot be had together."""
   known = (
     ("dataset", config.dataset, DATASETS),
     ("model", config.model, models.MODELS),
@@ -309,6 +340,7 @@ def _check(config: Config) -> None:
       ("attack", specs.parse(a)[0], attacks_lib.ATTACKS) for a in config.attack
     ),
     *(("--attack_knowledge", k, KNOWLEDGE) for k in config.attack_knowledge),
+    *(("dataset", name, DATASETS) for name in config.study_datasets),
   )
   for kind, name, table in known:
     if name not in table:
@@ -354,7 +386,7 @@ def _check(config: Config) -> None:
   distributed.check_flags(
     config.coordinator_address, config.num_processes, config.process_id
   )
-  if config.task == "train":
+  if config.task in ("train", "study"):
     if config.cohort_size > config.num_clients:
       raise errors.UserError(
         f"--cohort_size={config.cohort_size} is larger than"
@@ -367,7 +399,9 @@ def _check(config: Config) -> None:
         f"--attack_rounds names round {late[0]}, but rounds go from 1 to"
         f" --rounds={config.rounds}."
       )
-  elif config.coordinator_address is not None:
+  if config.task == "study":
+    _check_study(config)
+  if config.task != "train" and config.coordinator_address is not None:
     raise errors.UserError(
       f"--task={config.task} runs in one process. Expected no"
       " --coordinator_address, --num_processes and --process_id with it."
@@ -388,6 +422,28 @@ def _check(config: Config) -> None:
       "--task=attack needs --attack. Expected one or more of"
       f" {', '.join(attacks_lib.ATTACKS)}."
     )
+
+
+def _check_study(config: Config) -> None:
+  for name in ("study_datasets", "study_seeds", "study_batches"):
+    if not getattr(config, name):
+      raise errors.UserError(f"--{name} is empty. Expected one or more.")
+  count = len(images(config.attack_images)[1])
+  for steps in config.study_local_steps:
+    for batch in config.study_batches:
+      if not steps * batch or count % (steps * batch):
+        raise errors.UserError(
+          f"--attack_images={config.attack_images} are {count} images, which do"
+          f" not make whole updates of {steps} steps of {batch}. Expected"
+          " --study_batches and --study_local_steps whose products divide it."
+        )
+  for spec in config.defense:
+    if "epsilon" in specs.parse(spec)[1]:
+      raise errors.UserError(
+        f"--defense={spec}: noise for a given epsilon differs between a whole"
+        " run and the single updates that a study attacks. Expected"
+        " noise_multiplier."
+      )
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """python -m experiments.main --flagfile=experiments/flags/NAME.flags"""
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -16,11 +17,13 @@ from experiments import (
   folder,
   scaling,
   setting,
+  study,
   train,
 )
-from mpqfl_jax import distributed, errors, host
+from mpqfl_jax import datasets, distributed, errors, host
 from mpqfl_jax.report import html, tables
 from mpqfl_jax.report import scaling as scaling_report
+from mpqfl_jax.report import study as study_page
 
 _TASKS = {"train": train.run, "attack": attack.run, "scaling": scaling.run}
 _SHAPES = {
@@ -115,6 +118,32 @@ def run(values: config.Config) -> pathlib.Path:
   Raises:
     UserError: a mistake, found before the folder is made.
   """
+  if values.task == "study":
+    run_dir = study.run(values, measure)
+    page = html.write(run_dir)
+    print(f"{study_page.markdown(run_dir)}\nThe report is {page}")
+    return run_dir
+  run_dir = measure(values)
+  if distributed.is_main():
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if values.task == "scaling":
+      page = scaling_report.write(run_dir)
+      table = scaling_report.markdown(summary["scaling"])
+    else:
+      page, table = html.write(run_dir), tables.markdown(summary)
+    print(f"{table}\nThe report is {page}")
+  return run_dir
+
+
+def measure(
+  values: config.Config, data: datasets.Dataset | None = None
+) -> pathlib.Path:
+  """As `run`, for any task but `study`, and without a report.
+
+  Args:
+    values: the config.
+    data: the data set, where it is loaded already.
+  """
   environment = folder.environment()
   distributed.agree(
     "config",
@@ -127,7 +156,7 @@ def run(values: config.Config) -> pathlib.Path:
       "commit": environment["commit"],
     },
   )
-  built = setting.build(values)
+  built = setting.build(values, data)
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
   adversary.check(values, built, _SHAPES[values.task](values, built))
@@ -154,15 +183,8 @@ def run(values: config.Config) -> pathlib.Path:
       values.resume,
     )
   summary = _TASKS[values.task](values, built, run_dir)
-  if not distributed.is_main():
-    return run_dir
-  folder.write_json(run_dir / "summary.json", summary)
-  if values.task == "scaling":
-    page = scaling_report.write(run_dir)
-    table = scaling_report.markdown(summary["scaling"])
-  else:
-    page, table = html.write(run_dir), tables.markdown(summary)
-  print(f"{table}\nThe report is {page}")
+  if distributed.is_main():
+    folder.write_json(run_dir / "summary.json", summary)
   return run_dir
 
 

@@ -121,15 +121,19 @@ def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:
   return height, width, channels
 
 
-def build(config: Config) -> Setting:
+def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
   """Builds everything, so that a mistake shows before anything is written.
+
+  Args:
+    config: the run's.
+    data: its data set, where it is loaded already.
 
   Raises:
     UserError: whatever is wrong with the values together.
   """
   plan = engine.plan(config.plan, jax.default_backend())
   mesh = engine.mesh(config.devices)
-  data = datasets.load(config.dataset, config.data_dir)
+  data = data or datasets.load(config.dataset, config.data_dir)
   net = model(config, data, plan.conv)
   template = jax.eval_shape(net.init, jax.random.key(0))
   if config.task == "attack":

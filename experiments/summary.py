@@ -55,6 +55,13 @@ def postfix(accuracy: float, epsilon: float | None) -> dict[str, str]:
   return words
 
 
+def peak_rss_mb() -> float:
+  """The most memory that this process has held, MiB."""
+  # Linux counts in KiB, macOS in bytes.
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def of_run(
   config: Config,
   entries: dict[str, dict[str, Any]],
@@ -72,9 +79,6 @@ def of_run(
     begin: `time.perf_counter()` at the start.
   """
   first = next(iter(entries.values()))
-  # Linux counts in KiB, macOS in bytes.
-  unit = 1 if sys.platform == "darwin" else 1024
-  rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   stats = jax.local_devices()[0].memory_stats() or {}
   device = stats.get("peak_bytes_in_use")
   return {
@@ -86,7 +90,7 @@ def of_run(
     "uplink_bytes_per_client_float32": float32_bytes,
     "seconds": time.perf_counter() - begin,
     "compile_seconds": sum(e["compile_seconds"] for e in entries.values()),
-    "peak_rss_mb": rss / 2**20,
+    "peak_rss_mb": peak_rss_mb(),
     "peak_device_mb": None if device is None else device / 2**20,
     "defenses": entries,
     "references": references,

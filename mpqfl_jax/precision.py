@@ -235,14 +235,34 @@ def paper(params: Params) -> Codec:
   return from_rules("paper", rules, params)
 
 
-def mixed_random(params: Params, rounding: str = "nearest") -> Codec:
+def mixed_random(
+  params: Params, rounding: str = "nearest", bits: Sequence[int] = ()
+) -> Codec:
   """Every leaf's precision and mode drawn anew for each round and client.
 
   The server always knows the draw: it is on the wire, as it must be for whoever
   decodes a single update. A blind attacker ignores it, an adaptive one does
   not.
+
+  Args:
+    params: parameters, or their shapes.
+    rounding: `nearest` or `stochastic`.
+    bits: integers of these widths in both modes are drawn from, all equally
+      often; `MIXED_OPTIONS` where empty.
+
+  Returns:
+    The codec.
   """
-  menu = choice.menu(MIXED_OPTIONS, rounding)
+  if not isinstance(bits, Sequence) or isinstance(bits, str):
+    raise UserError(
+      f"mixed_random: bits={bits!r}. Expected several, such as bits=(2,4,6)."
+    )
+  options: Sequence[choice.Option] = MIXED_OPTIONS
+  if bits:
+    options = tuple(
+      choice.Option(f"int{n}", mode) for n in bits for mode in numerics.MODES
+    )
+  menu = choice.menu(options, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
   leaves = [choice.leaf(shape, menu) for shape in shapes]
   return codecs.per_leaf("mixed_random", params, leaves)

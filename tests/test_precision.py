@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpqfl_jax import choice, policy, precision, quantize
+from experiments import config
+from mpqfl_jax import choice, models, policy, precision, quantize
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.policy import QuantRule
 
@@ -47,6 +48,36 @@ def test_paper_takes_turns():
     for layer, rule in turns.items()
     for leaf in ("bias", "kernel")
   }
+
+
+def test_mixed_random_draws_from_given_bits():
+  codec = precision.make("mixed_random", PARAMS, bits=(2, 4))
+  payload, _ = codec.encode(
+    jax.random.key(1), precision_update(), codec.init(PARAMS)
+  )
+  rules = " ".join(record.rule for record in codec.records(payload))
+  assert "int2" in rules and "int4" in rules
+  assert "float16" not in rules and "int8" not in rules
+  with pytest.raises(UserError, match=r"bits=\(2,4,6\)"):
+    precision.make("mixed_random", PARAMS, bits=4)
+
+
+@pytest.mark.parametrize("name", ["precision", "mode", "both"])
+@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3)])
+def test_policies_of_the_ablation_have_the_bytes_of_int4(name, shape):
+  net = models.make("lenet_zhu", shape, 10, np.zeros(1), np.ones(1), "xla")
+  zeros = jax.tree.map(
+    lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+    jax.eval_shape(net.init, jax.random.key(0)),
+  )
+
+  def size(spec):
+    codec = precision.make(spec, zeros)
+    payload, _ = codec.encode(jax.random.key(0), zeros, codec.init(zeros))
+    return len(codec.pack(payload))
+
+  policy = config.FLAGS_DIR.parent / "policies" / f"mixed_{name}.toml"
+  assert 0.95 < size(str(policy)) / size("int4") < 1.005
 
 
 def test_mixed_random_draws_evenly_and_anew():

@@ -1,16 +1,21 @@
 """One self-contained page for a run: `report.html`."""
 
 from collections.abc import Iterator
-import json
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jinja2
-import markupsafe
 import numpy as np
 
-from mpqfl_jax.report import figures, findings, grid, records, style, tables
+from mpqfl_jax.report import (
+  figures,
+  findings,
+  grid,
+  records,
+  study,
+  style,
+  tables,
+)
 
 
 class _Line(NamedTuple):
@@ -55,7 +60,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   Reads nothing but the run's own folder.
 
   Args:
-    run_dir: the folder of a finished `train` or `attack` task.
+    run_dir: the folder of a finished run.
 
   Returns:
     Path of `report.html`; the figures lie beside it in `figures/` and are
@@ -64,6 +69,8 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: the folder holds no finished run.
   """
+  if records.task(run_dir) == "study":
+    return study.write(run_dir)
   run = records.read(run_dir)
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -73,8 +80,8 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     lstrip_blocks=True,
   )
   environment.filters["data_uri"] = tables.data_uri
-  environment.filters["units"] = _units
-  environment.filters["breakable"] = _breakable
+  environment.filters["units"] = tables.units
+  environment.filters["breakable"] = tables.breakable
   table = tables.rows(run.summary)
   headline, *more = findings.headline(run)
   text = environment.get_template("template.html").render(
@@ -91,7 +98,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     settings=list(_settings(run)),
     regimes=sorted({line["knowledge"] for line in run.attacks}),
     families={style.family(name) for name in run.summary["defenses"]},
-    config=list(_flat(run.config)),
+    config=list(tables.flat(run.config)),
     totals=list(_totals(run.summary)),
   )
   path = run.folder / "report.html"
@@ -203,15 +210,6 @@ def _totals(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
       yield f"SHA-256 of final parameters, {name}", entry["final_params_sha256"]
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-  if isinstance(value, dict) and value:
-    for name, inner in value.items():
-      yield from _flat(inner, f"{prefix}.{name}" if prefix else str(name))
-  else:
-    text = value if isinstance(value, str) else json.dumps(value)
-    yield prefix, text
-
-
 def _values(lines: list[dict[str, Any]], name: str) -> list[Any]:
   return [line[name] for line in lines if line.get(name) is not None]
 
@@ -219,14 +217,3 @@ def _values(lines: list[dict[str, Any]], name: str) -> list[Any]:
 def _share(lines: list[dict[str, Any]], name: str) -> str:
   values = _values(lines, name)
   return f"{sum(values)} of {len(values)}" if values else tables.MISSING
-
-
-def _units(text: str) -> str:
-  """Keeps a number and its unit on one line."""
-  return re.sub(r"(\d) (dB|bytes|points)", "\\1\N{NO-BREAK SPACE}\\2", text)
-
-
-def _breakable(name: str) -> markupsafe.Markup:
-  """Lets a long name wrap after an underscore or a comma."""
-  escaped = str(markupsafe.escape(name))
-  return markupsafe.Markup(re.sub(r"([_,])", r"\1<wbr>", escaped))

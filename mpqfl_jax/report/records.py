@@ -98,7 +98,7 @@ def read(run_dir: str | pathlib.Path) -> Run:
     )
   place = {name: i for i, name in enumerate(summary["defenses"])}
   sets = [
-    _reconstructions(p) for p in sorted(folder.glob("reconstructions/*.npz"))
+    reconstructions(p) for p in sorted(folder.glob("reconstructions/*.npz"))
   ]
   # The blind attack first: the adaptive one is read against it.
   sets.sort(
@@ -108,10 +108,16 @@ def read(run_dir: str | pathlib.Path) -> Run:
     folder=folder,
     config=config,
     summary=summary,
-    rounds=_lines(folder / "metrics.jsonl"),
-    attacks=_lines(folder / "attacks.jsonl"),
+    rounds=lines(folder / "metrics.jsonl"),
+    attacks=lines(folder / "attacks.jsonl"),
     reconstructions=sets,
   )
+
+
+def task(run_dir: str | pathlib.Path) -> str | None:
+  """The task of a run's folder, None where its config is not there."""
+  path = pathlib.Path(run_dir) / "config.json"
+  return setting(_json(path), "task") if path.is_file() else None
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
@@ -121,7 +127,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.UserError(f"{path} is not JSON: {e}.") from e
 
 
-def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a file of JSON lines, none where it is not there."""
   if not path.is_file():
     return []
   out = []
@@ -133,7 +140,8 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   return out
 
 
-def _reconstructions(path: pathlib.Path) -> Reconstructions:
+def reconstructions(path: pathlib.Path) -> Reconstructions:
+  """Reads an npz file of a run's `reconstructions/`."""
   with np.load(path) as file:
     missing = sorted(set(Reconstructions._fields) - set(file.files))
     if missing:

@@ -7,6 +7,7 @@ no figure depends on colour alone.
 
 from collections.abc import Iterable, Sequence
 import itertools
+import pathlib
 from typing import Literal, NamedTuple
 
 from matplotlib import axes as mpl_axes
@@ -112,6 +113,8 @@ def _short(names: Sequence[str]) -> dict[str, str]:
   for name in names:
     base = family(name)
     kin = [_parameters(n) for n in names if family(n) == base]
+    if base.endswith(".toml"):
+      base = pathlib.PurePath(base).stem
     own = _parameters(name)
     differ = [k for k in own if any(other.get(k) != own[k] for other in kin)]
     if len(differ) == 1 and own[differ[0]] in ("true", "True"):

@@ -1,9 +1,13 @@
 """The main table of a run, as rows of text and as Markdown."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import json
 import pathlib
+import re
 from typing import Any, NamedTuple
+
+import markupsafe
 
 from mpqfl_jax.report import records
 
@@ -192,3 +196,24 @@ def fixed(value: float | None, digits: int) -> str:
 
 def _escape(text: str) -> str:
   return text.replace("|", "\\|")
+
+
+def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+  """Nested values as (dotted name, text)."""
+  if isinstance(value, dict) and value:
+    for name, inner in value.items():
+      yield from flat(inner, f"{prefix}.{name}" if prefix else str(name))
+  else:
+    text = value if isinstance(value, str) else json.dumps(value)
+    yield prefix, text
+
+
+def units(text: str) -> str:
+  """Keeps a number and its unit on one line."""
+  return re.sub(r"(\d) (dB|bytes|points)", "\\1\N{NO-BREAK SPACE}\\2", text)
+
+
+def breakable(name: str) -> markupsafe.Markup:
+  """Lets a long name wrap after an underscore or a comma."""
+  escaped = str(markupsafe.escape(name))
+  return markupsafe.Markup(re.sub(r"([_,])", r"\1<wbr>", escaped))

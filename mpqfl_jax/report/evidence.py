@@ -1,0 +1,273 @@
+"""What a study measured, as tables, and the intervals that claims rest on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from mpqfl_jax import metrics
+from mpqfl_jax.report import style
+
+Line = dict[str, Any]
+
+# One precision and one mode for all layers.
+UNIFORM = frozenset(
+  (
+    *(f"int{bits}" for bits in (*range(1, 9), 16)),
+    *("float16", "bfloat16", "float8", "nf4"),
+    *("sign", "ternary", "qsgd", "drive"),
+  )
+)
+SPARSE = frozenset(("prune", "topk", "randomk"))
+_RESAMPLES = 2000
+
+
+class Results(NamedTuple):
+  """All that a study found.
+
+  Attributes:
+    training: a line for each data set, seed and defence: `dataset, seed,
+      defense, test_accuracy, uplink_bytes_per_client,
+      uplink_bytes_per_client_float32, epsilon, final_params_sha256`.
+    attacks: a line for each reconstructed image, as in `attacks.jsonl`, with
+      the `seed` of its run.
+    references: data set -> guess without an attack -> its medians over the
+      attacked images.
+    twins: a line for each data set: SHA-256 of the undefended model `watched`
+      by an adversary and of the same run `unwatched`.
+    encryption: rows of `python -m benchmarks.encryption`, None where none were
+      given.
+  """
+
+  training: Sequence[Line]
+  attacks: Sequence[Line]
+  references: dict[str, dict[str, Line]]
+  twins: Sequence[Line] = ()
+  encryption: Sequence[Line] | None = None
+
+
+class Interval(NamedTuple):
+  """An estimate with a 95 % interval; None where it has none."""
+
+  value: float
+  low: float | None
+  high: float | None
+
+
+class Strongest(NamedTuple):
+  """The attack with the highest median PSNR among those that were tried.
+
+  Attributes:
+    attack, knowledge: its names.
+    lines: its reconstructions.
+    rate: of those that count as rebuilt, with Wilson's interval.
+    median: PSNR, dB, with a bootstrap interval.
+  """
+
+  attack: str
+  knowledge: str
+  lines: list[Line]
+  rate: metrics.Rate
+  median: Interval
+
+
+def is_mixed(defense: str) -> bool:
+  """Whether layers differ in precision or mode."""
+  base = style.family(defense)
+  return base.endswith(".toml") or base in (
+    *("paper", "mixed_random", "budget", "guarded"),
+  )
+
+
+def is_uniform(defense: str) -> bool:
+  """Whether one code is used for every layer."""
+  return style.family(defense) in UNIFORM
+
+
+def datasets(results: Results) -> list[str]:
+  """Names of the data sets, in the order of the study."""
+  found = [*results.training, *results.attacks]
+  return list(dict.fromkeys(line["dataset"] for line in found))
+
+
+def defenses(results: Results) -> list[str]:
+  """Names of the defences, in the order of the study."""
+  found = [*results.training, *results.attacks]
+  return list(dict.fromkeys(line["defense"] for line in found))
+
+
+def setting(line: Line) -> tuple:
+  """What else than the defence an attack's outcome depends on."""
+  return (line["weights"], line["local_steps"], line["batch_size"])
+
+
+def base_setting(results: Results, dataset: str) -> tuple | None:
+  """The setting that suits an attacker best: initial weights, fewest images."""
+  found = {setting(a) for a in results.attacks if a["dataset"] == dataset}
+  return min(
+    found, key=lambda s: (s[0] != "initial", s[1] * s[2], s), default=None
+  )
+
+
+def lines(
+  results: Results,
+  dataset: str,
+  defense: str,
+  *,
+  knowledge: str | None = None,
+  attacks: Iterable[str] | None = None,
+  where: tuple | None = None,
+) -> list[Line]:
+  """Reconstructions of one data set under one defence.
+
+  Args:
+    results: of the study.
+    dataset, defense: names.
+    knowledge: None for any.
+    attacks: families of attacks (`dlg`), None for any.
+    where: a `setting`; the base setting where None.
+  """
+  where = where or base_setting(results, dataset)
+  kept = None if attacks is None else set(attacks)
+  return [
+    line
+    for line in results.attacks
+    if line["dataset"] == dataset
+    and line["defense"] == defense
+    and setting(line) == where
+    and knowledge in (None, line["knowledge"])
+    and (kept is None or style.family(line["attack"]) in kept)
+  ]
+
+
+def strongest(found: Sequence[Line]) -> Strongest | None:
+  """The strongest attack among reconstructions, None where there are none."""
+  groups: dict[tuple[str, str], list[Line]] = {}
+  for line in found:
+    groups.setdefault((line["attack"], line["knowledge"]), []).append(line)
+  if not groups:
+    return None
+  ranked = sorted(
+    groups.items(),
+    key=lambda item: (np.median(psnr(item[1])), np.max(psnr(item[1]))),
+  )
+  (attack, knowledge), mine = ranked[-1]
+  values = psnr(mine)
+  return Strongest(
+    attack, knowledge, mine, metrics.success_rate(values), median(values)
+  )
+
+
+def psnr(found: Sequence[Line]) -> np.ndarray:
+  """PSNR of each reconstruction, dB; 0 for one that diverged."""
+  return np.array([line.get("psnr_db") or 0.0 for line in found])
+
+
+def accuracies(results: Results, dataset: str, defense: str) -> dict[int, Line]:
+  """The runs of one defence, by seed."""
+  return {
+    line["seed"]: line
+    for line in results.training
+    if line["dataset"] == dataset
+    and line["defense"] == defense
+    and line.get("test_accuracy") is not None
+  }
+
+
+def mean(values: Sequence[float]) -> Interval:
+  """Mean with Student's t interval; no interval for a single value."""
+  x = np.asarray(values, float)
+  if len(x) < 2:
+    return Interval(float(x.mean()), None, None)
+  half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5
+  return Interval(
+    float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+  )
+
+
+def accuracy_difference(
+  results: Results, dataset: str, defense: str, other: str
+) -> tuple[Interval, int] | None:
+  """Accuracy of one defence less that of another, in points, seed by seed.
+
+  Returns:
+    The mean difference with its paired t interval and the number of seeds;
+    None where no seed has both.
+  """
+  mine = accuracies(results, dataset, defense)
+  yours = accuracies(results, dataset, other)
+  both = sorted(mine.keys() & yours.keys())
+  if not both:
+    return None
+  points = [
+    100 * (mine[s]["test_accuracy"] - yours[s]["test_accuracy"]) for s in both
+  ]
+  return mean(points), len(both)
+
+
+def median(values: np.ndarray) -> Interval:
+  """Median with a percentile bootstrap interval.
+
+  Source: Efron, "Bootstrap methods: another look at the jackknife", 1979. The
+  resamples come from a fixed seed, so that a report repeats to the bit.
+  """
+  return _bootstrap(values, np.median)
+
+
+def _bootstrap(values: np.ndarray, statistic: Callable) -> Interval:
+  value = float(statistic(values))
+  if len(values) < 2:
+    return Interval(value, None, None)
+  rng = np.random.default_rng(len(values))
+  picks = rng.integers(0, len(values), (_RESAMPLES, len(values)))
+  low, high = np.percentile(statistic(values[picks], axis=1), (2.5, 97.5))
+  return Interval(value, float(low), float(high))
+
+
+def paired_gain(
+  mine: Sequence[Line], other: Sequence[Line]
+) -> tuple[Interval, float, int] | None:
+  """How many dB less of the same images `mine` gives away than `other`.
+
+  Args:
+    mine, other: reconstructions by one attack each.
+
+  Returns:
+    The median difference with a bootstrap interval, the p-value of the
+    two-sided sign test, and the number of images; None where no image is in
+    both.
+  """
+
+  def by_image(found: Sequence[Line]) -> dict[tuple, float]:
+    values = zip(found, psnr(found), strict=True)
+    return {(a["image"], a.get("seed"), a["round"]): v for a, v in values}
+
+  a, b = by_image(mine), by_image(other)
+  both = sorted(a.keys() & b.keys(), key=str)
+  if not both:
+    return None
+  gains = np.array([b[key] - a[key] for key in both])
+  return median(gains), sign_test(gains), len(gains)
+
+
+def sign_test(differences: np.ndarray) -> float:
+  """Two-sided p-value of the sign test; ties are left out.
+
+  Source: Dixon and Mood, "The statistical sign test", 1946.
+  """
+  moved = differences[differences != 0]
+  if not len(moved):
+    return 1.0
+  wins = int((moved > 0).sum())
+  return float(scipy.stats.binomtest(wins, len(moved)).pvalue)
+
+
+def best_reference(results: Results, dataset: str) -> tuple[str, float] | None:
+  """Name and median PSNR of the best guess that needs no attack."""
+  known = {
+    name: values["psnr_db_median"]
+    for name, values in results.references.get(dataset, {}).items()
+    if values.get("psnr_db_median") is not None
+  }
+  return max(known.items(), key=lambda item: item[1], default=None)

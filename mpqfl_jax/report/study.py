@@ -1,0 +1,431 @@
+"""The page of a study: the answer, the claims, the frontier, the images."""
+
+from collections.abc import Iterator, Sequence
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jinja2
+
+from mpqfl_jax import errors
+from mpqfl_jax.report import (
+  claims,
+  evidence,
+  figures,
+  findings,
+  frontier,
+  grid,
+  records,
+  style,
+  tables,
+)
+
+# Images of a data set on the wall.
+_SHOWN = 8
+_BADGES = {
+  claims.HOLDS: "Holds",
+  claims.FAILS: "Fails",
+  claims.OPEN: "Open",
+}
+
+
+class _Row(NamedTuple):
+  """A defence on one data set, as text."""
+
+  defense: str
+  color: str
+  accuracy: str
+  difference: str
+  uplink: str
+  ratio: str
+  epsilon: str
+  blind: str
+  blind_attack: str
+  adaptive: str
+  adaptive_attack: str
+  success: str
+  interval: str
+  pareto: str
+
+
+class _Table(NamedTuple):
+  dataset: str
+  rows: list[_Row]
+  references: list[tuple[str, str, str]]
+
+
+class Study(NamedTuple):
+  """A study's folder in memory.
+
+  Attributes:
+    folder: where it lies.
+    config, summary: `config.json` and `summary.json`.
+    results: what its cells measured.
+  """
+
+  folder: pathlib.Path
+  config: dict[str, Any]
+  summary: dict[str, Any]
+  results: evidence.Results
+
+
+def read(run_dir: str | pathlib.Path) -> Study:
+  """Reads a finished study.
+
+  Raises:
+    UserError: the folder holds none.
+  """
+  folder = pathlib.Path(run_dir)
+  names = ("config", "summary", "evidence")
+  for name in names:
+    if not (folder / f"{name}.json").is_file():
+      raise errors.UserError(
+        f"{folder} holds no {name}.json; expected the --output_dir of a"
+        " finished study."
+      )
+  config, summary, rest = (
+    json.loads((folder / f"{name}.json").read_text()) for name in names
+  )
+  return Study(
+    folder,
+    config,
+    summary,
+    evidence.Results(
+      training=records.lines(folder / "training.jsonl"),
+      attacks=records.lines(folder / "attacks.jsonl"),
+      references=rest["references"],
+      twins=rest["twins"],
+      encryption=rest["encryption"],
+    ),
+  )
+
+
+def markdown(run_dir: str | pathlib.Path) -> str:
+  """The claims and the defences of a study as Markdown tables."""
+  study = read(run_dir)
+  judged = claims.judge(study.results, [frontier.mixing_helps])
+  lines = ["| Claim | Verdict | Figure |", "| :-- | :-- | --: |"]
+  lines += [
+    f"| ({c.key}) {c.statement} | {c.verdict} | {figure(c)} |" for c in judged
+  ]
+  for table in _tables(study):
+    lines += [
+      "",
+      f"| {table.dataset} | Accuracy, % | Bytes | Blind, dB | Adaptive, dB |"
+      " Rebuilt | Strongest |",
+      "| :-- | --: | --: | --: | --: | --: | :-- |",
+    ]
+    lines += [
+      f"| {row.defense}{' *' if row.pareto else ''} | {row.accuracy} |"
+      f" {row.uplink} | {row.blind} | {row.adaptive} | {row.success} |"
+      f" {_top_name(study.results, table.dataset, row.defense)} |"
+      for row in table.rows
+    ]
+    lines += [
+      f"| _{name}_ | | | {psnr} | {psnr} | | no attack |"
+      for name, psnr, _ in table.references
+    ]
+  return "\n".join(lines) + "\n"
+
+
+def _top_name(results: evidence.Results, dataset: str, defense: str) -> str:
+  top = evidence.strongest(evidence.lines(results, dataset, defense))
+  if top is None:
+    return "not attacked"
+  return tables.attack_name(top.attack, top.knowledge)
+
+
+def write(run_dir: str | pathlib.Path) -> pathlib.Path:
+  """Draws a study's figures and writes its page.
+
+  Args:
+    run_dir: the folder of a finished study.
+
+  Returns:
+    Path of `report.html`; the figures lie beside it in `figures/`.
+
+  Raises:
+    UserError: the folder holds no finished study.
+  """
+  study = read(run_dir)
+  folder = study.folder / "figures"
+  folder.mkdir(exist_ok=True)
+  judged = claims.judge(study.results, [frontier.mixing_helps])
+  headline, *more = _answer(study, judged)
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters["data_uri"] = tables.data_uri
+  environment.filters["units"] = tables.units
+  environment.filters["breakable"] = tables.breakable
+  text = environment.get_template("study.html").render(
+    subtitle=_subtitle(study),
+    headline=headline,
+    more=more,
+    claims=judged,
+    badges=_BADGES,
+    figure_of=figure,
+    frontier=frontier.draw(study.results, folder),
+    tables=list(_tables(study)),
+    ablation=[
+      (a, *_ablation_text(a)) for a in frontier.ablation(study.results)
+    ],
+    walls=list(_walls(study, folder)),
+    encryption=study.results.encryption or [],
+    regimes=sorted({a["knowledge"] for a in study.results.attacks}),
+    settings=list(_settings(study)),
+    thresholds={
+      "leaks": f"{100 * claims.LEAKS_FROM:.0f}%",
+      "stopped": f"{100 * claims.STOPPED_TO:.0f}%",
+      "shows": f"{claims.SHOWS_DB:g} dB",
+      "points": f"{claims.MINIMAL_POINTS:g}",
+      "seeds": claims.MIN_SEEDS,
+      "margin": f"{frontier.MARGIN_DB:g} dB",
+    },
+    commits=study.summary.get("commits", []),
+    config=list(tables.flat(study.config)),
+  )
+  path = study.folder / "report.html"
+  path.write_text(text, encoding="utf-8")
+  return path
+
+
+def figure(claim: claims.Claim) -> str:
+  """A claim's figure with its interval and unit."""
+  if claim.value is None:
+    return tables.MISSING
+  if claim.unit == "rate":
+    text = f"{100 * claim.value:.0f}% of images"
+    if claim.low is not None and claim.high is not None:
+      text += f" ({100 * claim.low:.0f} to {100 * claim.high:.0f}%)"
+    return text
+  digits = 0 if claim.unit.startswith("ratios") else 2
+  digits = 1 if claim.unit in ("points", "dB") else digits
+  text = f"{claim.value:.{digits}f} {claim.unit}"
+  if claim.low is not None and claim.high is not None:
+    more = max(digits, 1)
+    text += f" ({claim.low:.{more}f} to {claim.high:.{more}f})"
+  return text.replace("-", tables.MINUS)
+
+
+def _answer(study: Study, judged: Sequence[claims.Claim]) -> list[str]:
+  """What a reader takes home, the central claim first."""
+  by_key = {c.key: c for c in judged}
+  counts = {
+    verdict: [f"({c.key})" for c in judged if c.verdict == verdict]
+    for verdict in _BADGES
+  }
+  mixed = claims.main_mixed(study.results) or "the mixed scheme"
+  adaptive = by_key["c"].verdict
+  first = {
+    claims.FAILS: f"An attacker who knows the codec gets through {mixed}.",
+    claims.HOLDS: (
+      f"{mixed} stopped the attacks tried, by an attacker who knows the codec"
+      " too. Others may still succeed."
+    ),
+    claims.OPEN: (
+      f"Whether {mixed} stops an attacker who knows the codec is open."
+    ),
+  }[adaptive]
+  words = (
+    (claims.HOLDS, "held up"),
+    (claims.FAILS, "failed"),
+    (claims.OPEN, "open for want of evidence"),
+  )
+  out = [
+    first,
+    f"Of {len(judged)} claims, "
+    + ", ".join(
+      f"{len(counts[v])} {text}"
+      + (f" {', '.join(counts[v])}" if counts[v] else "")
+      for v, text in words
+    )
+    + ".",
+  ]
+  out += [
+    f"({k}) {by_key[k].words}"
+    for k in ("a", "d")
+    if by_key[k].value is not None
+  ]
+  best = [p for p in frontier.points(study.results) if p.pareto]
+  looks = style.styles(evidence.defenses(study.results))
+  for dataset in dict.fromkeys(p.dataset for p in best):
+    mine = [looks[p.defense].label for p in best if p.dataset == dataset]
+    out.append(
+      f"On {dataset}, no other defence is at least as good in privacy, accuracy"
+      f" and bytes as: {', '.join(mine)}."
+    )
+  return out
+
+
+def _subtitle(study: Study) -> str:
+  config = study.config
+  seeds = len(config["study_seeds"])
+  parts = [
+    ", ".join(config["study_datasets"]),
+    config["model"],
+    f"{seeds} seed" + ("" if seeds == 1 else "s"),
+    f"{config['num_clients']} clients",
+    f"{config['rounds']} rounds",
+    f"{study.summary['cells']} runs",
+  ]
+  return " · ".join(parts)
+
+
+def _tables(study: Study) -> Iterator[_Table]:
+  results = study.results
+  points = frontier.points(results)
+  looks = style.styles(evidence.defenses(results))
+  for dataset in evidence.datasets(results):
+    rows = []
+    for p in (p for p in points if p.dataset == dataset):
+      pair = evidence.accuracy_difference(results, dataset, p.defense, "none")
+      runs = evidence.accuracies(results, dataset, p.defense).values()
+      float32 = next(
+        (line["uplink_bytes_per_client_float32"] for line in runs), None
+      )
+      top = p.strongest
+      rows.append(
+        _Row(
+          defense=p.defense,
+          color=looks[p.defense].color,
+          accuracy=_accuracy(p),
+          difference=""
+          if pair is None or p.defense == "none"
+          else _interval(pair[0], "points"),
+          uplink=tables.MISSING
+          if p.uplink_bytes is None
+          else f"{p.uplink_bytes:,.0f}",
+          ratio=tables.ratio(p.uplink_bytes, float32),
+          epsilon=tables.epsilon(
+            {
+              "epsilon": p.epsilon,
+              **next((_proof(line) for line in runs), {}),
+            }
+          ),
+          blind=_median(p.blind),
+          blind_attack=p.blind.attack if p.blind else "not tried",
+          adaptive=_median(p.adaptive),
+          adaptive_attack=p.adaptive.attack if p.adaptive else "not tried",
+          success=f"{top.rate.successes} of {top.rate.trials}"
+          if top
+          else tables.MISSING,
+          interval=findings.interval(top.rate) if top else "",
+          pareto="Pareto set" if p.pareto else "",
+        )
+      )
+    references = tables.reference_rows(
+      {"references": results.references.get(dataset, {})}
+    )
+    yield _Table(dataset, rows, references)
+
+
+def _proof(line: evidence.Line) -> dict[str, Any]:
+  return {k: line.get(k) for k in ("epsilon_model", "epsilon_unit")}
+
+
+def _accuracy(p: frontier.Point) -> str:
+  if p.accuracy is None:
+    return tables.MISSING
+  text = f"{p.accuracy:.1f}"
+  return text if p.deviation is None else f"{text} ± {p.deviation:.1f}"
+
+
+def _median(top: evidence.Strongest | None) -> str:
+  return tables.MISSING if top is None else f"{top.median.value:.1f}"
+
+
+def _interval(value: evidence.Interval, unit: str) -> str:
+  text = f"{value.value:+.1f} {unit}"
+  if value.low is not None and value.high is not None:
+    text += f" ({value.low:.1f} to {value.high:.1f})"
+  return text.replace("-", tables.MINUS)
+
+
+def _ablation_text(a: frontier.Ablation) -> tuple[str, str, str]:
+  gap = (
+    tables.MISSING
+    if a.accuracy_gap is None
+    else _interval(a.accuracy_gap, "points")
+  )
+  gain = tables.MISSING if a.gain is None else _interval(a.gain, "dB")
+  size = tables.MISSING if a.uplink_bytes is None else f"{a.uplink_bytes:,.0f}"
+  return size, gap, gain
+
+
+def _settings(study: Study) -> Iterator[tuple[str, str, str, str]]:
+  """(data set, attack, knowledge, its assumptions) of every attack."""
+  attacks = study.results.attacks
+  key = ("dataset", "attack", "knowledge")
+  for place in dict.fromkeys(tuple(a[k] for k in key) for a in attacks):
+    mine = [a for a in attacks if tuple(a[k] for k in key) == place]
+    yield *place, "; ".join(grid.describe(mine)[1:])
+
+
+def _walls(study: Study, folder: pathlib.Path) -> Iterator[figures.Figure]:
+  """Originals and reconstructions, the strongest attack of each knowledge.
+
+  The attack is the one that is strongest on most defences.
+  """
+  for old in folder.glob("wall_*.png"):
+    old.unlink()
+  results = study.results
+  looks = style.styles(evidence.defenses(results))
+  for dataset in evidence.datasets(results):
+    where = evidence.base_setting(results, dataset)
+    for knowledge in ("blind", "adaptive"):
+      tops = [
+        top.attack
+        for name in looks
+        if (
+          top := evidence.strongest(
+            evidence.lines(results, dataset, name, knowledge=knowledge)
+          )
+        )
+      ]
+      if not tops:
+        continue
+      attack = max(dict.fromkeys(tops), key=tops.count)
+      lines = [
+        a
+        for a in results.attacks
+        if a["dataset"] == dataset
+        and evidence.setting(a) == where
+        and (a["attack"], a["knowledge"]) == (attack, knowledge)
+      ]
+      sets = _reconstructions(study.folder, {a["cell"] for a in lines}, looks)
+      sets = [s for s in sets if (s.attack, s.knowledge) == (attack, knowledge)]
+      run = records.Run(study.folder, study.config, {}, [], lines, sets)
+      for number, group in enumerate(grid.groups(sets)):
+        drawn = grid.draw(group, looks, grid.settings(run, group))
+        path = folder / f"wall_{dataset}_{knowledge}_{number}.png"
+        drawn.figure.savefig(path)
+        yield figures.Figure(
+          path, drawn.title, drawn.alt, drawn.caption, drawn.width
+        )
+
+
+def _reconstructions(
+  folder: pathlib.Path, cells: set[str], looks: dict[str, style.Style]
+) -> list[records.Reconstructions]:
+  found = [
+    records.reconstructions(path)
+    for cell in sorted(cells)
+    for path in sorted((folder / "cells" / cell).glob("reconstructions/*.npz"))
+  ]
+  names = list(looks)
+  found.sort(key=lambda s: names.index(s.defense))
+  return [
+    s._replace(
+      original=s.original[:_SHOWN],
+      reconstruction=s.reconstruction[:_SHOWN],
+      label=s.label[:_SHOWN],
+      recovered_label=s.recovered_label[:_SHOWN],
+      client=s.client[:_SHOWN],
+    )
+    for s in found
+  ]

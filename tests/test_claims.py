@@ -1,0 +1,362 @@
+"""Claims, ablation and Pareto set on hand-made tables of known verdict."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from mpqfl_jax.report import claims, evidence, frontier
+
+SET = "mnist_sample"
+GUESS = {"mean_image": {"psnr_db_median": 12.0, "ssim_median": 0.1}}
+
+
+def trained(defense, accuracies, size=1000.0, epsilon=None):
+  return [
+    {
+      "dataset": SET,
+      "seed": seed,
+      "defense": defense,
+      "test_accuracy": accuracy,
+      "uplink_bytes_per_client": size,
+      "uplink_bytes_per_client_float32": 8000,
+      "epsilon": epsilon,
+      "final_params_sha256": "00",
+    }
+    for seed, accuracy in enumerate(accuracies)
+  ]
+
+
+def attacked(defense, psnr, attack="dlg", knowledge="blind", **kw):
+  base = {"weights": "initial", "local_steps": 1, "batch_size": 1, "round": 0}
+  return [
+    {
+      **base,
+      "dataset": SET,
+      "defense": defense,
+      "attack": attack,
+      "knowledge": knowledge,
+      "image": f"test:{i}",
+      "seed": 0,
+      "psnr_db": value,
+      **kw,
+    }
+    for i, value in enumerate(psnr)
+  ]
+
+
+def results(training=(), attacks=(), **kw):
+  return evidence.Results(
+    [line for group in training for line in group],
+    [line for group in attacks for line in group],
+    kw.pop("references", {SET: GUESS}),
+    **kw,
+  )
+
+
+GOOD, BAD = [40.0] * 30, [12.5] * 30
+SAME = [{"dataset": SET, "watched": "ab", "unwatched": "ab"}]
+OTHER = [{"dataset": SET, "watched": "ab", "unwatched": "cd"}]
+
+
+@pytest.mark.parametrize(
+  "psnr, twins, verdict, said",
+  [
+    (GOOD, SAME, "holds", "same bits"),
+    (GOOD, OTHER, "fails", "other weights"),
+    (GOOD, [], "open", "not tested"),
+    ([40.0], SAME, "holds", "1 of 1"),
+    ([40.0] + [10.0] * 9, SAME, "open", "Too few"),
+    ([10.0] * 200, SAME, "fails", "0 of 200"),
+  ],
+)
+def test_undefended_updates_leak(psnr, twins, verdict, said):
+  claim = claims.leaks(results(attacks=[attacked("none", psnr)], twins=twins))
+  assert claim.verdict == verdict and said in claim.words
+
+
+def test_nothing_attacked_is_open():
+  claim = claims.leaks(results([trained("none", [0.9])]))
+  assert claim.verdict == "open" and claim.value is None
+
+
+def blind(paper, attacks=("dlg", "inverting_gradients", "rgap"), none=GOOD):
+  return results(
+    attacks=[
+      lines
+      for a in attacks
+      for lines in (attacked("none", none, a), attacked("paper", paper, a))
+    ]
+  )
+
+
+@pytest.mark.parametrize(
+  "found, verdict, said",
+  [
+    (blind(BAD), "holds", "None of these attacks knows the codec"),
+    (blind(BAD, ("dlg", "rgap")), "open", "Not tried: Inverting Gradients"),
+    (blind(GOOD), "fails", "30 of 30"),
+    (blind([16.0] * 30), "fails", "leaks in part"),
+    (blind(BAD[:4]), "open", "too few images"),
+    (blind(BAD, none=BAD), "open", "no such attack is shown to work"),
+    (blind(BAD, ()), "open", "No mixed scheme"),
+  ],
+)
+def test_mixed_scheme_against_blind_attacks(found, verdict, said):
+  claim = claims.stops_blind(found)
+  assert claim.verdict == verdict and said in claim.words
+  assert "protect" not in claim.words
+
+
+def test_one_attack_that_gets_through_is_enough():
+  found = results(
+    attacks=[
+      attacked("none", GOOD),
+      attacked("none", GOOD, "rgap"),
+      attacked("paper", BAD),
+      attacked("paper", GOOD, "rgap"),
+    ]
+  )
+  claim = claims.stops_blind(found)
+  assert claim.verdict == "fails" and claim.value == 1.0
+
+
+def test_blind_attacks_say_nothing_of_an_adaptive_one():
+  assert claims.stops_adaptive(blind(BAD)).verdict == "open"
+  for psnr, verdict in ((GOOD, "fails"), (BAD, "holds")):
+    found = results(
+      attacks=[
+        attacked("none", GOOD, "map", "adaptive"),
+        attacked("paper", psnr, "map", "adaptive"),
+      ]
+    )
+    assert claims.stops_adaptive(found).verdict == verdict
+
+
+def test_the_rate_has_wilsons_interval():
+  found = blind(GOOD[:10] + BAD[:20], ("dlg",))
+  claim = claims.stops_blind(found)
+  ends = scipy.stats.binomtest(10, 30).proportion_ci(method="wilson")
+  assert (claim.low, claim.high) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize(
+  "paper, verdict",
+  [
+    ([0.899, 0.911, 0.919], "holds"),
+    ([0.85, 0.86, 0.87], "fails"),
+    ([0.88, 0.92, 0.90], "open"),
+    ([0.899, 0.911], "open"),
+  ],
+)
+def test_accuracy_is_judged_over_paired_seeds(paper, verdict):
+  none = [0.90, 0.91, 0.92]
+  claim = claims.costs_little(
+    results([trained("none", none), trained("paper", paper)])
+  )
+  assert claim.verdict == verdict
+  drop = 100 * (np.array(none[: len(paper)]) - paper)
+  test = scipy.stats.ttest_1samp(drop, 0).confidence_interval()
+  assert claim.value == pytest.approx(drop.mean())
+  assert (claim.low, claim.high) == pytest.approx((test.low, test.high))
+
+
+NOISE = "dp_gaussian(noise_multiplier=0.1)"
+
+
+@pytest.mark.parametrize(
+  "accuracy, psnr, verdict, said",
+  [
+    ([0.80, 0.81, 0.82], BAD, "holds", "not shown to stop"),
+    ([0.93, 0.94, 0.95], BAD, "fails", ""),
+    ([0.80, 0.81, 0.82], GOOD, "open", "No noise"),
+    ([0.80], BAD, "open", "3 seeds"),
+  ],
+)
+def test_noise_costs_more(accuracy, psnr, verdict, said):
+  claim = claims.noise_costs_more(
+    results(
+      [trained("paper", [0.90, 0.91, 0.92]), trained(NOISE, accuracy)],
+      [attacked("none", GOOD), attacked("paper", GOOD), attacked(NOISE, psnr)],
+    )
+  )
+  assert claim.verdict == verdict and said in claim.words
+
+
+def cost(scheme, power, clients=(2, 10, 50, 200), **kw):
+  return [
+    {
+      "scheme": scheme,
+      "clients": n,
+      "key_seconds_total": 0.1 * n**power,
+      "key_bytes": 1000 * n,
+      **kw,
+    }
+    for n in clients
+  ]
+
+
+@pytest.mark.parametrize(
+  "rows, verdict",
+  [
+    (cost("per_client", 1.0), "holds"),
+    (cost("shared", 0.0), "fails"),
+    (cost("per_client", 1.0) + cost("shared", 0.0), "fails"),
+    (cost("per_client", 1.0, (2, 10)), "open"),
+    (cost("per_client", 1.0, source="modelled"), "open"),
+    (None, "open"),
+  ],
+)
+def test_encryption_grows(rows, verdict):
+  claim = claims.encryption_grows(results(encryption=rows))
+  assert claim.verdict == verdict
+
+
+def pruned(outcomes):
+  training, attacks = [trained("none", [0.9])], [attacked("none", GOOD)]
+  for ratio, (accuracy, psnr) in outcomes.items():
+    name = f"prune(ratio={ratio})"
+    training.append(trained(name, [accuracy]))
+    attacks.append(attacked(name, psnr))
+  return results(training, attacks)
+
+
+@pytest.mark.parametrize(
+  "outcomes, verdict",
+  [
+    ({0.5: (0.9, GOOD), 0.9: (0.899, BAD), 0.99: (0.7, BAD)}, "holds"),
+    ({0.5: (0.9, GOOD), 0.9: (0.895, BAD), 0.99: (0.894, BAD)}, "fails"),
+    ({0.5: (0.9, GOOD), 0.9: (0.89, BAD[:3]), 0.99: (0.7, BAD)}, "open"),
+    ({0.5: (0.9, GOOD), 0.9: (0.89, BAD)}, "open"),
+  ],
+)
+def test_pruning_is_delicate(outcomes, verdict):
+  assert claims.pruning_is_delicate(pruned(outcomes)).verdict == verdict
+
+
+LATE = {"weights": "trained", "round": 20}
+STEPS, BATCH = {"local_steps": 4}, {"batch_size": 8}
+
+
+def throughout(*settings, none=GOOD):
+  found = []
+  for psnr, kw in settings:
+    found += [attacked("none", none, **kw), attacked("paper", psnr, **kw)]
+  return claims.holds_throughout(results(attacks=found))
+
+
+def test_later_training_and_larger_batches():
+  same = [(BAD, kw) for kw in ({}, LATE, STEPS, BATCH)]
+  assert throughout(*same).verdict == "holds"
+  part = throughout(*same[:2])
+  assert part.verdict == "open" and "local steps, batch" in part.words
+  # All at once says nothing of each.
+  mixed = throughout((BAD, {}), (BAD, LATE | STEPS | BATCH))
+  assert mixed.verdict == "open" and "trained weights, local" in mixed.words
+  assert throughout(*same[:2], (GOOD, BATCH)).verdict == "fails"
+
+
+def test_nothing_can_be_lost_where_nothing_was_hidden_or_shown():
+  leaky = throughout(*((GOOD, kw) for kw in ({}, LATE, STEPS, BATCH)))
+  assert leaky.verdict == "open" and "nothing to keep" in leaky.words
+  weak = throughout(*((BAD, kw) for kw in ({}, LATE, STEPS, BATCH)), none=BAD)
+  assert weak.verdict == "open" and "not shown to work" in weak.words
+
+
+RNG = np.random.default_rng(0)
+UNIFORM = 25 + RNG.normal(0, 1, 30)
+
+
+@pytest.mark.parametrize(
+  "shift, size, accuracy, knowledge, verdict",
+  [
+    (4.0, 1000, 0.9, "adaptive", "holds"),
+    (0.0, 1000, 0.9, "adaptive", "fails"),
+    (-3.0, 1000, 0.9, "adaptive", "fails"),
+    # The uniform code has more bytes: nothing to compare with.
+    (4.0, 900, 0.9, "adaptive", "open"),
+    # It has far fewer, so that the bytes are not equal.
+    (4.0, 2000, 0.9, "adaptive", "open"),
+    # It costs more accuracy than a point.
+    (4.0, 1000, 0.93, "adaptive", "open"),
+    (4.0, 1000, 0.9, "blind", "open"),
+  ],
+)
+def test_mixing_against_the_best_uniform_code(
+  shift, size, accuracy, knowledge, verdict
+):
+  mixed = "experiments/policies/mixed_both.toml"
+  claim = frontier.mixing_helps(
+    results(
+      [trained("int4", [0.9]), trained(mixed, [accuracy], size)],
+      [
+        attacked("int4", UNIFORM, knowledge=knowledge),
+        attacked(mixed, UNIFORM - shift, knowledge=knowledge),
+      ],
+    )
+  )
+  assert claim.verdict == verdict
+  if verdict != "open":
+    assert claim.value == pytest.approx(shift)
+
+
+def test_the_best_uniform_code_is_the_one_that_hides_most():
+  rows = frontier.ablation(
+    results(
+      [trained(n, [0.9]) for n in ("int4", "ternary", "paper")],
+      [
+        attacked("int4", UNIFORM, knowledge="adaptive"),
+        attacked("ternary", UNIFORM - 9, knowledge="adaptive"),
+        attacked("paper", UNIFORM - 4, knowledge="adaptive"),
+      ],
+    )
+  )
+  assert [(r.defense, r.uniform, r.verdict) for r in rows] == [
+    ("paper", "ternary", "fails")
+  ]
+  assert rows[0].gain.value == pytest.approx(-5)
+
+
+def test_the_sign_test_is_the_binomial_one():
+  gains = np.array([1.0, 2.0, 0.0, 3.0, -1.0, 4.0, 5.0])
+  # Five of six: twice the probability of five or six heads.
+  assert evidence.sign_test(gains) == pytest.approx(2 * 7 / 64)
+
+
+def test_the_bootstrap_interval_of_a_median_covers():
+  rng = np.random.default_rng(1)
+  hits = 0
+  for _ in range(100):
+    found = evidence.median(rng.normal(0, 1, 30))
+    hits += found.low <= 0 <= found.high
+  assert 88 <= hits <= 100
+
+
+def test_the_pareto_set():
+  # (accuracy, bytes, dB): b is worse than a in all, c trades, d is unknown.
+  table = {
+    "none": (0.90, 800, 40.0),
+    "int8": (0.89, 900, 41.0),
+    "int4": (0.88, 100, 25.0),
+    "int2": (0.88, 100, 25.0),
+  }
+  found = frontier.points(
+    results(
+      [trained(n, [a], b) for n, (a, b, _) in table.items()],
+      [attacked(n, [db]) for n, (*_, db) in table.items()]
+      + [attacked("sign", [3.0])],
+    )
+  )
+  assert {p.defense: p.pareto for p in found} == {
+    "none": True,
+    "int8": False,
+    "int4": True,
+    "int2": True,
+    "sign": None,
+  }
+
+
+def test_judging_gives_all_nine_in_order():
+  judged = claims.judge(results(), [frontier.mixing_helps])
+  assert "".join(c.key for c in judged) == "abcdefghi"
+  assert {c.verdict for c in judged} == {"open"}
+  assert all(c.words for c in judged)

@@ -1,0 +1,278 @@
+"""The grid of a study, its cache, its page; one run from end to end."""
+
+import dataclasses
+import json
+import re
+
+from absl import flags
+from absl.testing import flagsaver
+import numpy as np
+import pytest
+
+from experiments import config, main, study
+from mpqfl_jax import errors
+from mpqfl_jax.report import html
+from mpqfl_jax.report import study as page
+
+DEFENSES = ("none", "paper", "int4")
+
+
+def tiny(output_dir, **kw):
+  return config.make(
+    **{
+      "task": "study",
+      "output_dir": str(output_dir),
+      "model": "mlp",
+      "study_seeds": "0,1",
+      "num_clients": 100,
+      "cohort_size": 3,
+      "rounds": 2,
+      "batch_size": 4,
+      "defense": DEFENSES,
+      "attack": "dlg(iterations=3)",
+      "attack_knowledge": "blind,adaptive",
+      "attack_images": "test:0-1",
+      "attack_restarts": 1,
+      "devices": 2,
+      **kw,
+    }
+  )
+
+
+def pretend(values, data=None):
+  """Writes what a cell would, invented but of its shape."""
+  place = study.pathlib.Path(values.output_dir)
+  (place / "reconstructions").mkdir(parents=True)
+  (place / "config.json").write_text(
+    json.dumps({**dataclasses.asdict(values), "commit": "c0ffee"})
+  )
+  rng = np.random.default_rng(values.seed)
+  level = {"none": 0.01, "paper": 0.3, "int4": 0.1}
+  lines, entries = [], {}
+  for spec in values.defense:
+    entries[spec] = {
+      "test_accuracy": 0.9 + 0.001 * values.seed - level[spec] / 10
+      if values.task == "train"
+      else None,
+      "uplink_bytes_per_client": 4000 if spec == "none" else 1000,
+      "epsilon": None,
+      "delta": None,
+      "final_params_sha256": f"{spec} {values.seed}",
+      "seconds": 1.0,
+      "compile_seconds": 0.5,
+      "attacks": {},
+    }
+    for i in range(2 if values.task == "attack" else 0):
+      lines.append(
+        {
+          "defense": spec,
+          "attack": "dlg",
+          "knowledge": values.attack_knowledge[0],
+          "dataset": values.dataset,
+          "model": values.model,
+          "image": f"test:{i}",
+          "round": 0,
+          "batch_size": values.batch_size,
+          "local_steps": values.local_steps,
+          "labels_known": False,
+          "weights": "initial",
+          "iterations": 3,
+          "restarts": 1,
+          "psnr_db": float(-20 * np.log10(level[spec])),
+          "ssim": 0.5,
+        }
+      )
+    if values.task == "attack":
+      image = rng.uniform(size=(2, 28, 28, 1))
+      np.savez(
+        place / "reconstructions" / f"{spec}.npz",
+        attack="dlg",
+        knowledge=values.attack_knowledge[0],
+        defense=spec,
+        round=0,
+        original=np.zeros((2, 28, 28, 1)),
+        reconstruction=image * level[spec],
+        label=np.array([1, 2]),
+        recovered_label=np.array([1, 3]),
+        client=np.array([0, 1]),
+      )
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (place / "attacks.jsonl").write_text(text)
+  guess = {"psnr_db_median": 12.0, "ssim_median": 0.1}
+  summary = {
+    "defenses": entries,
+    "final_params_sha256": next(iter(entries.values()))["final_params_sha256"],
+    "uplink_bytes_per_client_float32": 4000,
+    "references": {"mean_image": guess} if values.task == "attack" else {},
+    "seconds": 1.0,
+    "compile_seconds": 0.5,
+  }
+  (place / "summary.json").write_text(json.dumps(summary))
+  return place
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory):
+  run = tmp_path_factory.mktemp("runs") / "study"
+  study.run(tiny(run, study_batches="1,2"), pretend)
+  html.write(run)
+  return run
+
+
+def test_the_grid_is_the_product(tmp_path):
+  cells = study.grid(
+    tiny(tmp_path, study_batches="1,2", attack="dlg,map", study_seeds="0,5")
+  )
+  train = [c for c in cells if c.config.task == "train"]
+  assert len(train) == 2 * 3 and len(cells) == len(train) + 2 * 2 * 2
+  assert {(c.config.seed, c.config.defense) for c in train} == {
+    (seed, (d,)) for seed in (0, 5) for d in DEFENSES
+  }
+  assert all(not c.config.attack for c in train)
+  attack = [c.config for c in cells if c.config.task == "attack"]
+  assert all(c.defense == DEFENSES and c.seed == 0 for c in attack)
+  assert len({c.output_dir for c in attack}) == 8
+
+
+def test_late_rounds_are_attacked_under_one_seed_beside_a_twin(tmp_path):
+  cells = study.grid(tiny(tmp_path, attack_rounds="1,2"))
+  watched = [c for c in cells if c.config.task == "train" and c.config.attack]
+  assert [c.config.attack_rounds for c in watched] == [(2,)] * 3
+  twins = [c for c in cells if c.twin]
+  assert [c.config.defense for c in twins] == [("none",)]
+  assert twins[0].config.seed == 0 and not twins[0].config.attack
+
+
+def test_the_hash_follows_what_a_cell_depends_on(tmp_path):
+  def hashes(task, **kw):
+    cells = study.grid(tiny(tmp_path, **kw))
+    return {study.cell_hash(c.config) for c in cells if c.config.task == task}
+
+  for task in ("train", "attack"):
+    base = hashes(task)
+    assert base == hashes(task, checkpoint_every=3, study_encryption="x.json")
+    assert not base & hashes(task, model="lenet_zhu")
+    # Another data set beside the first adds cells and changes none.
+    more = hashes(task, study_datasets="mnist_sample,cifar10_sample")
+    assert base < more and len(more) == 2 * len(base)
+  assert hashes("attack") == hashes("attack", rounds=9, num_clients=50)
+  assert hashes("train") == hashes("train", attack="map", attack_restarts=4)
+  assert not hashes("train") & hashes("train", rounds=9)
+
+
+def test_cells_that_are_there_are_not_run_again(tmp_path):
+  ran = []
+
+  def stop_at_three(values, data):
+    if len(ran) == 3:
+      raise KeyboardInterrupt
+    ran.append(values.output_dir)
+    return pretend(values)
+
+  with pytest.raises(KeyboardInterrupt):
+    study.run(tiny(tmp_path / "s"), stop_at_three)
+  rest = []
+  study.run(
+    tiny(tmp_path / "s", resume=True),
+    lambda values, data: rest.append(values.output_dir) or pretend(values),
+  )
+  assert len(ran) == 3 and len(rest) == 2 * 3 + 2 - 3
+  assert not set(ran) & set(rest)
+  with pytest.raises(errors.UserError, match="another config"):
+    study.run(tiny(tmp_path / "s", resume=True, rounds=5), pretend)
+
+
+def test_the_folder_holds_what_scripts_rely_on(pretended):
+  summary = json.loads((pretended / "summary.json").read_text())
+  assert summary["task"] == "study" and set(summary["defenses"]) == {*DEFENSES}
+  paper = summary["defenses"]["paper"]
+  assert paper["test_accuracy"] == pytest.approx(0.9 + 0.0005 - 0.03)
+  assert paper["attacks"]["dlg"]["blind"]["psnr_db_median"] == pytest.approx(
+    -20 * np.log10(0.3)
+  )
+  assert [c["key"] for c in summary["claims"]] == list("abcdefghi")
+  lines = (pretended / "study.jsonl").read_text().splitlines()
+  points = [json.loads(line) for line in lines]
+  assert points == summary["frontier"]
+  assert [p["defense"] for p in points] == [*DEFENSES]
+  assert points[0]["adaptive"]["images"] == 2
+  assert points[0]["references"]["mean_image"]["psnr_db_median"] == 12.0
+  assert summary["cells"] == 2 * 3 + 4 and summary["commits"] == ["c0ffee"]
+
+
+def test_the_page_has_every_part_and_loads_nothing(pretended):
+  text = (pretended / "report.html").read_text()
+  bare = re.sub(r'src="data:[^"]*"', "", text)
+  for loader in ("http:", "https:", "//", "url(", "@import", "<script"):
+    assert loader not in re.sub(r"/\*.*?\*/", "", bare)
+  assert "default-src 'none'" in text
+  places = [bare.index(f'id="{p}"') for p in ("answer", "claims", "frontier")]
+  assert places == sorted(places)
+  for key in "abcdefghi":
+    assert f'data-claim="{key}"' in bare
+  for name in DEFENSES:
+    assert f'data-defense="{name}"' in bare
+  assert "mean training image" in bare and "no attack" in bare
+  assert "protected" not in bare.lower()
+  assert text.count("<img") == 1 + 2
+  names = {p.name for p in (pretended / "figures").iterdir()}
+  assert names == {
+    "frontier.png",
+    "wall_mnist_sample_blind_0.png",
+    "wall_mnist_sample_adaptive_0.png",
+  }
+
+
+def test_the_table_for_the_terminal_names_the_strongest_attack(pretended):
+  text = page.markdown(pretended)
+  assert "| (a) Undefended" in text and "| dlg, adaptive |" in text
+  assert "_mean training image_" in text
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"study_batches": "3"}, "do not make whole updates"),
+    ({"study_datasets": "minst"}, "unknown dataset"),
+    ({"study_datasets": ""}, "is empty"),
+    ({"defense": "none,dp_gaussian(epsilon=3)"}, "noise_multiplier"),
+    ({"attack_rounds": "7"}, "rounds go from 1"),
+  ],
+)
+def test_a_mistake_shows_before_anything_is_written(tmp_path, change, message):
+  with pytest.raises(errors.UserError, match=message):
+    tiny(tmp_path / "s", **change)
+  assert not (tmp_path / "s").exists()
+
+
+def test_costs_of_encryption_are_checked(tmp_path):
+  path = tmp_path / "costs.json"
+  path.write_text('[{"scheme": "shared"}]')
+  for name in (path, tmp_path / "none.json"):
+    with pytest.raises(errors.UserError, match="study_encryption"):
+      study.run(tiny(tmp_path / "s", study_encryption=str(name)), pretend)
+  assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "full"])
+def test_the_flag_files_are_studies(name):
+  with flagsaver.flagsaver():
+    path = config.FLAGS_DIR / f"study_{name}.flags"
+    flags.FLAGS(["main", f"--flagfile={path}"])
+    values = config.from_flags(flags.FLAGS)
+  assert values.task == "study" and study.grid(values)
+
+
+@pytest.mark.slow
+def test_a_study_from_end_to_end(tmp_path):
+  run = main.run(tiny(tmp_path / "s", attack_rounds="2"))
+  summary = json.loads((run / "summary.json").read_text())
+  assert summary["cells"] == 2 * 3 + 1 + 2
+  assert (run / "report.html").stat().st_size > 10_000
+  twins = json.loads((run / "evidence.json").read_text())["twins"]
+  assert twins[0]["watched"] == twins[0]["unwatched"]
+  lines = (run / "attacks.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  assert {a["weights"] for a in found} == {"initial", "trained"}
+  # Cells are runs like any other, with pages of their own where wanted.
+  assert html.write(run / "cells" / found[0]["cell"]).is_file()
