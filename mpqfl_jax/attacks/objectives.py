@@ -26,8 +26,10 @@ def as_sent(simulated: Update, observation: Observation) -> Update:
   # Smooth at zero, and away from it equal to the norms.
   l1 = trees.l1_norm(simulated) + 1e-20
   l2 = jnp.sqrt(trees.squared_norm(simulated) + 1e-30)
-  factor = jnp.minimum(1.0, jnp.minimum(limits[0] / l1, limits[1] / l2))
-  return trees.scale(factor, simulated)
+  # An infinite limit, divided, would make the gradient NaN.
+  share = jnp.where(jnp.isfinite(limits), limits, 0.0) / jnp.stack([l1, l2])
+  share = jnp.where(jnp.isfinite(limits), share, 1.0)
+  return trees.scale(jnp.minimum(1.0, jnp.min(share)), simulated)
 
 
 def residual(simulated: Update, observation: Observation) -> Update:
