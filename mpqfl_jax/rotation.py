@@ -78,8 +78,10 @@ def rotated(
   inner = inner_of((rows * block,), block)
 
   def encode(seed, x, state):
-    # A stream of its own: the inner codec rounds by the same seed.
-    rotation = counter.bits(seed ^ jnp.uint32(0x5BD1E995), (2,))
+    # The inner codec rounds by the seed, which who sees the rotation's must not
+    # find: Threefry has no inverse without the key, a hash of a counter does.
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    rotation = jax.random.bits(key, (2,), jnp.uint32)
     x = jnp.clip(quantize.finite(x), -_LARGEST, _LARGEST).reshape(-1)
     y = jnp.pad(x, (0, rows * block - entries)).reshape(rows, block)
     y = hadamard(y * signs(rotation, y.shape)).reshape(-1)
