@@ -1,8 +1,7 @@
 """Settings of a process that computes on a CPU, made before JAX starts.
 
-They change how fast arrays of many megabytes are made, and nothing else but the
-last bit of sums. Entry points call `tune` first; a library must not do it
-behind its user's back.
+They change how fast arrays are made, and nothing else but the last bit of sums.
+Entry points ask for them; a library must not do it behind its user's back.
 
 glibc maps each array above 32 MB afresh and gives it back when it dies, so that
 the kernel clears every page of every result before it is written: for a pass
@@ -11,19 +10,17 @@ trimmed hands the same pages out again. XLA limits its vectors to 256 bits by
 default, which halves the speed of loops on processors with AVX-512.
 """
 
-import ctypes
 import os
 import pathlib
 import platform
-import sys
 
-# Variable of the environment, glibc's number of it in `mallopt`, value.
-_ALLOCATOR = (
-  ("MALLOC_ARENA_MAX", -8, 1),
-  ("MALLOC_MMAP_MAX_", -4, 0),
-  ("MALLOC_TRIM_THRESHOLD_", -1, 2**31 - 1),
-  ("MALLOC_TOP_PAD_", -2, 64 << 20),
-)
+# glibc reads these when a process starts.
+_ALLOCATOR = {
+  "MALLOC_ARENA_MAX": "1",
+  "MALLOC_MMAP_MAX_": "0",
+  "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+  "MALLOC_TOP_PAD_": str(64 << 20),
+}
 _WIDTH = "--xla_cpu_prefer_vector_width"
 
 
@@ -35,7 +32,7 @@ def variables() -> dict[str, str]:
   """
   wanted: dict[str, str] = {}
   if not any(name.startswith(("MALLOC_", "GLIBC_")) for name in os.environ):
-    wanted |= {name: str(value) for name, _, value in _ALLOCATOR}
+    wanted |= _ALLOCATOR
   flags = os.environ.get("XLA_FLAGS", "")
   if _WIDTH not in flags and "avx512f" in _processor_flags():
     wanted["XLA_FLAGS"] = f"{flags} {_WIDTH}=512".strip()
@@ -43,17 +40,14 @@ def variables() -> dict[str, str]:
 
 
 def tune() -> None:
-  """Makes the settings in this process; JAX must not have computed yet."""
-  wanted = variables()
-  # Other C libraries than glibc have no such function.
-  glibc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-  mallopt = getattr(glibc, "mallopt", None)
-  for name, number, value in _ALLOCATOR:
-    if mallopt is not None and name in wanted:
-      # glibc has read its variables when the process started.
-      mallopt(number, value)
-  if "XLA_FLAGS" in wanted:
-    os.environ["XLA_FLAGS"] = wanted["XLA_FLAGS"]
+  """Lets JAX use all of AVX-512 in this process; it must not have started yet.
+
+  The allocator is left as it is: threads that train several clients at a time
+  get in each other's way in a single arena.
+  """
+  flags = variables().get("XLA_FLAGS")
+  if flags:
+    os.environ["XLA_FLAGS"] = flags
 
 
 def processor() -> str:

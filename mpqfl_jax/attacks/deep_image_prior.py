@@ -1,7 +1,7 @@
 """An untrained convolutional generator as the prior of images.
 
 Ulyanov et al. 2018 found that such a generator, fitted to one image, takes to
-natural images long before noise. Jeong et al. 2021 (section 3.2, there GION)
+natural images long before noise. Jeong et al. 2021 (there GION)
 search over its weights for the image behind a gradient. Nothing is trained
 beforehand and no weights are needed.
 """
@@ -83,7 +83,7 @@ def deep_image_prior(
 ) -> core.Attack:
   """Searches the weights of an untrained generator for the update's images.
 
-  Jeong et al. 2021, section 3.2, without a trained generator to start from;
+  Jeong et al. 2021, without a trained generator to start from;
   Adam with a rate that falls by a cosine.
 
   Args:

@@ -88,7 +88,7 @@ def implant(model: Model, bins: int, auxiliary: np.ndarray) -> Model:
 def imprint(model: Model, work: core.Work, *, bins: int = BINS) -> core.Direct:
   """Reads the images of a batch off the module that `implant` put in.
 
-  Fowl et al. 2022, section 3.2, equation 6.
+  Fowl et al. 2022.
 
   Args:
     model: the model with the module.

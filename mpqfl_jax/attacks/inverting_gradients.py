@@ -62,7 +62,7 @@ def tag(
 ) -> core.Attack:
   """TAG: squared and absolute distance, first layers counting most, by AdamW.
 
-  Deng et al. 2021, section 3.3, there for transformers: the rate rises over 50
+  Deng et al. 2021, there for transformers: the rate rises over 50
   steps and then falls to 0. Nothing is said of a prior of images.
 
   Args:
@@ -114,10 +114,10 @@ def gradinversion(
 ) -> core.Attack:
   """GradInversion: several searches that are drawn to their common mean.
 
-  Yin et al. 2021, equations 3 to 12, with Adam and a rate that falls by a
+  Yin et al. 2021, with Adam and a rate that falls by a
   cosine: squared distance of gradients, total variation, the image's norm, and
-  group consistency over the members, whose consensus is their mean (section
-  3.4, before registration).
+  group consistency over the members, whose consensus is their mean, without
+  registration.
 
   Args:
     model: the classifier that was attacked.

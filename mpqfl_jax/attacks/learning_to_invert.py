@@ -7,8 +7,8 @@ update costs one pass through the network. Where the defence's randomness is
 large, the network learns the posterior mean, which is what minimises the error.
 
 The network is the paper's, three dense layers on the update as a vector, with
-three changes. Large leaves are hashed to fewer numbers (as in the paper,
-section 4.2, for large models). Kernels of dense layers with a bias are first
+three changes. Large leaves are hashed to fewer numbers (as the paper does
+for large models). Kernels of dense layers with a bias are first
 turned into the layer's input, which is the quotient of their gradients. Images
 come out in whitened coordinates fitted to the auxiliary images.
 """
@@ -120,7 +120,7 @@ def learning_to_invert(
 ) -> core.Direct:
   """Trains a network on auxiliary images and applies it to the update.
 
-  Wu et al. 2023, section 4, with a mean squared error over images whose labels
+  Wu et al. 2023, with a mean squared error over images whose labels
   ascend, as inferred labels do, in place of the minimum over all orders. A
   blind adversary trains on undefended updates, an adaptive one on updates that
   went through the defence. Labels of the training updates are drawn at random:

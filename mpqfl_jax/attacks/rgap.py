@@ -2,8 +2,8 @@
 
 Zhu and Blaschko 2021. Where the output of a layer and the loss gradient with
 respect to that output are known, its input solves linear equations: it has to
-give that output (weight constraints, their equation 10) and the layer's weight
-gradient (gradient constraints, equation 11). The input, sent back through the
+give that output (weight constraints) and the layer's weight
+gradient (gradient constraints). The input, sent back through the
 activation before it, is the output of the layer below.
 
 The systems are solved as weighted least squares in float64: each equation
@@ -110,7 +110,7 @@ def _geometries(model: Model, params: Params) -> list[_Geometry]:
 def constraints(model: Model, params: Params) -> list[Constraints]:
   """The rank analysis: equations and unknowns of every layer.
 
-  Zhu and Blaschko 2021, section 3.4: a layer with fewer equations than unknowns
+  Zhu and Blaschko 2021: a layer with fewer equations than unknowns
   leaves its input undetermined. The numbers are upper bounds on ranks: enough
   equations are necessary and, where they are ill-conditioned, not sufficient.
 
@@ -231,7 +231,7 @@ def _last_layer(
   The weight gradient is the outer product of the input x and of probabilities
   minus one-hot label. A bias gradient is the latter itself. Without one, the
   direction of either factor is known, and their scales are those at which the
-  softmax of x's own logits is right (their section 3.2, for many classes).
+  softmax of x's own logits is right (for many classes).
   Only the label's entry of the second factor is below zero.
   """
   if bias_gradient is not None:
