@@ -30,17 +30,19 @@ from typing import Any
 
 import numpy as np
 
-REPETITIONS = 9
+# Repeated at least so often, and for so long: a process takes half a second to
+# come to its speed.
+REPETITIONS, SECONDS = 9, 1.0
 Row = dict[str, Any]
 # (codec, encode() -> payload, decode(payload) -> array, bytes of a payload)
 Task = tuple[str, Callable, Callable, Callable[[Any], int]]
 
 
 def best_seconds(fn: Callable[[], Any]) -> float:
-  """Shortest of several runs, after one that compiles and warms up."""
+  """Shortest of many runs, after one that compiles and warms up."""
   fn()
-  times = []
-  for _ in range(REPETITIONS):
+  times: list[float] = []
+  while len(times) < REPETITIONS or sum(times) < SECONDS:
     began = time.perf_counter()
     fn()
     times.append(time.perf_counter() - began)

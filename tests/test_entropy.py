@@ -300,18 +300,9 @@ def test_mistakes_are_named(spec, what):
     precision.make("int8", PARAMS, entropy=spec)
 
 
-def test_the_benchmark_packs_neighbours_and_writes_its_table(tmp_path):
+def test_the_benchmark_packs_neighbours():
   packed = bench.neighbours(np.array([1, 2, 3]), 16)
   assert packed == bytes([0x21, 0x03])
   # 1 + 3 * 2 + 9 * 0 + 27 * 1 + 81 * 2, then 2.
   packed = bench.neighbours(np.array([1, 2, 0, 1, 2, 2]), 3)
   assert packed == bytes([196, 2])
-  page = tmp_path / "page.md"
-  marks = [f"<!-- benchmarks.wire: {word} -->" for word in ("begin", "end")]
-  page.write_text(f"a\n{marks[0]}\nold\n{marks[1]}\nb\n")
-  bench.write(page, "new\n")
-  assert page.read_text() == f"a\n{marks[0]}\n\nnew\n\n{marks[1]}\nb\n"
-  bare = tmp_path / "bare.md"
-  bare.write_text("a\n")
-  with pytest.raises(SystemExit, match="expected the lines"):
-    bench.write(bare, "new\n")

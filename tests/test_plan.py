@@ -51,6 +51,14 @@ def test_measured_rows_are_ours_alone():
   assert line == "| cnn | 1,000 | loop | 100.0 | 25% | 167 |"
 
 
+def test_a_block_of_a_page_is_replaced(tmp_path):
+  path = tmp_path / "page.md"
+  path.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
+  page.put(path, "x", "new\n")
+  want = "a\n<!-- x: begin -->\n\nnew\n\n<!-- x: end -->\nb\n"
+  assert path.read_text() == want
+
+
 def test_a_page_without_the_marks(tmp_path):
   path = tmp_path / "page.md"
   path.write_text("nothing")

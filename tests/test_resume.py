@@ -46,7 +46,8 @@ def _ends(run: pathlib.Path):
   """What must not depend on where a run was cut: all but times."""
   summary = json.loads((run / "summary.json").read_text())
   metrics = lines(run / "metrics.jsonl")
-  attacks = lines(run / "attacks.jsonl")
+  attacked = run / "attacks.jsonl"
+  attacks = lines(attacked) if attacked.exists() else []
   for line in metrics + attacks:
     line.pop("seconds")
   for entry in summary["defenses"].values():
