@@ -417,7 +417,9 @@ def _unreadable(
     "mse",
     "psnr_db",
     "ssim",
+    "ms_ssim",
     "label_correct",
+    "label_accuracy",
     "reidentified",
   )
   lines = []
