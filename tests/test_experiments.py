@@ -391,7 +391,7 @@ def test_bytes_of_a_whole_run_are_those_of_its_messages(
   monkeypatch.setattr(adversary, "attack_all", lambda *_: ({}, {}))
   args = (
     *SMALL,
-    "--batch_size=60",
+    "--batch_size=600",  # one batch whatever the client
     f"--plan={plan}",
     f"--algorithm={algorithm}",
     f"--defense={specs}",
