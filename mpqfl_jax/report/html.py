@@ -4,13 +4,13 @@ from collections.abc import Iterator
 import pathlib
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from mpqfl_jax.report import (
   figures,
   findings,
   grid,
+  page,
   records,
   study,
   style,
@@ -72,19 +72,11 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   if records.task(run_dir) == "study":
     return study.write(run_dir)
   run = records.read(run_dir)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters["data_uri"] = tables.data_uri
-  environment.filters["units"] = tables.units
-  environment.filters["breakable"] = tables.breakable
   table = tables.rows(run.summary)
   headline, *more = findings.headline(run)
-  text = environment.get_template("template.html").render(
+  return page.write(
+    run.folder,
+    "template.html",
     subtitle=_subtitle(run),
     headline=headline,
     more=more,
@@ -101,9 +93,6 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     config=list(tables.flat(run.config)),
     totals=list(_totals(run.summary)),
   )
-  path = run.folder / "report.html"
-  path.write_text(text, encoding="utf-8")
-  return path
 
 
 def _lines(run: records.Run, table: list[tables.Row]) -> Iterator[_Line]:

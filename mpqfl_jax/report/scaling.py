@@ -5,12 +5,11 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jinja2
 from matplotlib import ticker
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.report import style, tables
+from mpqfl_jax.report import page, style
 
 
 class Panel(NamedTuple):
@@ -114,25 +113,17 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   (folder / "figures").mkdir(exist_ok=True)
   image = folder / "figures" / "scaling.png"
   draw(lines).savefig(image)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  text = environment.get_template("scaling.html").render(
+  return page.write(
+    folder,
+    "scaling.html",
     config=config,
     headings=[p.heading for p in PANELS],
-    image=tables.data_uri(image),
+    image=image,
     rows=list(_rows(lines)),
     sentences=list(sentences(lines)),
     plan=lines[0]["plan"],
     devices=lines[0]["devices"],
   )
-  path = folder / "report.html"
-  path.write_text(text, encoding="utf-8")
-  return path
 
 
 def draw(lines: list[dict[str, Any]]):

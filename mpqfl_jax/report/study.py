@@ -5,8 +5,6 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jinja2
-
 from mpqfl_jax import errors
 from mpqfl_jax.report import (
   claims,
@@ -15,6 +13,7 @@ from mpqfl_jax.report import (
   findings,
   frontier,
   grid,
+  page,
   records,
   style,
   tables,
@@ -152,17 +151,9 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   folder.mkdir(exist_ok=True)
   judged = claims.judge(study.results, [frontier.mixing_helps])
   headline, *more = _answer(study, judged)
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters["data_uri"] = tables.data_uri
-  environment.filters["units"] = tables.units
-  environment.filters["breakable"] = tables.breakable
-  text = environment.get_template("study.html").render(
+  return page.write(
+    study.folder,
+    "study.html",
     subtitle=_subtitle(study),
     headline=headline,
     more=more,
@@ -189,9 +180,6 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     commits=study.summary.get("commits", []),
     config=list(tables.flat(study.config)),
   )
-  path = study.folder / "report.html"
-  path.write_text(text, encoding="utf-8")
-  return path
 
 
 def figure(claim: claims.Claim) -> str:

@@ -1,13 +1,8 @@
 """The main table of a run, as rows of text and as Markdown."""
 
-import base64
 from collections.abc import Iterator, Sequence
 import json
-import pathlib
-import re
 from typing import Any, NamedTuple
-
-import markupsafe
 
 from mpqfl_jax.report import records
 
@@ -137,11 +132,6 @@ def markdown(summary: dict[str, Any]) -> str:
   return "".join(f"| {' | '.join(r)} |\n" for r in [head, rule, *body])
 
 
-def data_uri(path: pathlib.Path) -> str:
-  """A PNG file as the address of an embedded image."""
-  return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
 def percent(share: float | None) -> str:
   """0.9712 -> 97.1."""
   return MISSING if share is None else f"{100 * share:.1f}"
@@ -206,14 +196,3 @@ def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
   else:
     text = value if isinstance(value, str) else json.dumps(value)
     yield prefix, text
-
-
-def units(text: str) -> str:
-  """Keeps a number and its unit on one line."""
-  return re.sub(r"(\d) (dB|bytes|points)", "\\1\N{NO-BREAK SPACE}\\2", text)
-
-
-def breakable(name: str) -> markupsafe.Markup:
-  """Lets a long name wrap after an underscore or a comma."""
-  escaped = str(markupsafe.escape(name))
-  return markupsafe.Markup(re.sub(r"([_,])", r"\1<wbr>", escaped))
