@@ -1,6 +1,7 @@
 """The task `train`: federated training under each defence, then attacks."""
 
 from collections.abc import Callable
+import itertools
 import json
 import pathlib
 import time
@@ -84,11 +85,13 @@ def choose_watched(
   ids = np.full(config.attack_clients, -1, np.int32)
   if config.attack and round_number in config.attack_rounds:
     order = np.lexsort((cohort.client_id, cohort.size))
-    fit = [
+    fits = (
       i
       for i in order
       if setting.update_shape(config, built.schedule, int(cohort.size[i]))
-    ][: config.attack_clients]
+    )
+    # Not all of a cohort of thousands is asked for a shape.
+    fit = list(itertools.islice(fits, config.attack_clients))
     ids[: len(fit)] = cohort.client_id[fit]
   return ids
 

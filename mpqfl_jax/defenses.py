@@ -104,7 +104,7 @@ def _he(
   modulus_bits: int | None = None,
   bound: float = 4.0,
   min_clients: int = 3,
-  attacker_holds_key: bool | str = False,
+  attacker_holds_key: bool = False,
 ) -> Defense:
   del protocol  # encryption has no (epsilon, delta)
   return Defense(

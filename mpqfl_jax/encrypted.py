@@ -73,7 +73,7 @@ def options(
   modulus_bits: int | None,
   bound: float,
   min_clients: int,
-  attacker_holds_key: bool | str,
+  attacker_holds_key: bool,
 ) -> Options:
   """Checks the parameters of the defence `he`.
 
