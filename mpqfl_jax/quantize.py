@@ -14,6 +14,7 @@ represented exactly.
 [-4, 0, 1, 7]
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
 # Beyond the codes of every grid, and far from overflow.
 _FAR = np.int32(2**20)
+# Arrays from this size on are reduced from so many slices.
+_LARGE, _SLICES = 2**20, 8
 
 # What runs along a block: one axis, several, or all.
 Axis = int | tuple[int, ...] | None
@@ -63,6 +66,14 @@ def largest_magnitude(x: Array, axis: Axis = None) -> Array:
   else survives. Mending the result, not the entries: a reduction of selections
   runs at a quarter of the speed.
   """
+  if axis is None and x.size >= _LARGE and x.size % _SLICES == 0:
+    # One loop over slices side by side, which leaves little to reduce: on a CPU
+    # the reduction of all magnitudes takes up to twice as long.
+    slices = jnp.abs(x.reshape(_SLICES, -1))
+    part = functools.reduce(jnp.maximum, [slices[i] for i in range(_SLICES)])
+    # Mended here, so that the loop ends here.
+    part = jnp.where(part <= LARGEST, part, LARGEST)
+    return jnp.max(part, keepdims=True).reshape((1,) * x.ndim)
   magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
   return jnp.where(magnitude <= LARGEST, magnitude, LARGEST)
 

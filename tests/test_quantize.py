@@ -75,6 +75,17 @@ def test_affine_is_tflite(bits, shift):
   assert np.abs(got - decoded).max() <= 1.01 * scale
 
 
+@pytest.mark.parametrize("odd", [None, np.nan, np.inf, -3e38])
+def test_largest_magnitude_of_a_large_array(odd):
+  x = np.random.default_rng(0).standard_normal((2, 2**19)).astype(np.float32)
+  expected = np.abs(x).max()
+  if odd is not None:
+    x[1, 77], expected = odd, quantize.LARGEST
+  found = jax.jit(quantize.largest_magnitude)(x)
+  assert found.shape == (1, 1)
+  assert found.item() == expected
+
+
 def test_affine_by_hand():
   # Range [-1, 2] over 15 steps: scale 0.2, zero point -8 + 5 = -3.
   x = np.array([-1.0, 0.0, 0.31, 1.0, 2.0], np.float32)
