@@ -2,14 +2,16 @@
 
     python -m benchmarks.quantize --elements=25000000 --peers=qwix,torch
 
-Every system runs in a process of its own, one after the other and over again,
-so that a busy machine slows all of them; the best of all repetitions counts. A
-rate is the bytes read plus the bytes written of the task (float32 in, codes and
-scales out, or the reverse) over the time, whatever passes over memory it took.
-`memcpy_gb_s` is what copying the same float32 array reaches, on as many threads
-as do it best. Packing eight bits of codes in a byte is part of our encoding;
-qwix's int4 takes a byte an element, and torch has no int4, so that its row
-packs with tensor operations. `snr_db` shows that all do the same work.
+Every system runs in a process of its own, one after the other and over again
+(`--rounds`). A rate is the bytes read plus the bytes written of the task
+(float32 in, codes and scales out, or the reverse) over the shortest time,
+whatever passes over memory it took. `memcpy_gb_s` is what copying the same
+float32 array reaches, on as many threads as do it best, taking turns with
+encoding and decoding: a machine whose memory others share is now fast, now
+slow, so that only the share of the copy beside it can be compared, whose median
+over the rounds counts. Packing eight bits of codes in a byte is part of our
+encoding; qwix's int4 takes a byte an element, and torch has no int4, so that
+its row packs with tensor operations. `snr_db` shows that all do the same work.
 
 Workers import nothing of this package but their own system, so that peers need
 no more than themselves in their environments. All of them run with the
@@ -23,6 +25,7 @@ from concurrent import futures
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -30,38 +33,40 @@ from typing import Any
 
 import numpy as np
 
-# Repeated at least so often, and for so long: a process takes half a second to
-# come to its speed.
-REPETITIONS, SECONDS = 9, 1.0
+# Repeated at least so often, so often in a row, and for so long in all: a
+# process takes half a second to come to its speed.
+REPETITIONS, BLOCK, SECONDS = 12, 4, 2.0
 Row = dict[str, Any]
 # (codec, encode() -> payload, decode(payload) -> array, bytes of a payload)
 Task = tuple[str, Callable, Callable, Callable[[Any], int]]
 
 
-def best_seconds(fn: Callable[[], Any]) -> float:
-  """Shortest of many runs, after one that compiles and warms up."""
-  fn()
-  times: list[float] = []
-  while len(times) < REPETITIONS or sum(times) < SECONDS:
-    began = time.perf_counter()
-    fn()
-    times.append(time.perf_counter() - began)
-  return min(times)
+def best_seconds(*calls: Callable[[], Any]) -> list[float]:
+  """The shortest run of each, taking turns, after one that compiles."""
+  for call in calls:
+    call()
+  times: list[list[float]] = [[] for _ in calls]
+  while len(times[0]) < REPETITIONS or sum(map(sum, times)) < SECONDS:
+    for call, taken in zip(calls, times, strict=True):
+      for _ in range(BLOCK):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+  return [min(taken) for taken in times]
 
 
-def memcpy_gb_s(x: np.ndarray) -> float:
-  """Bytes read plus written a second when copying `x`, GB/s."""
+def copies(x: np.ndarray) -> list[Callable[[], Any]]:
+  """Ways to copy `x`: on one thread, and on as many as there are cores."""
   out = np.empty_like(x)
   threads = os.cpu_count() or 1
   parts = list(
     zip(np.array_split(out, threads), np.array_split(x, threads), strict=True)
   )
-  with futures.ThreadPoolExecutor(threads) as pool:
-    spread = best_seconds(
-      lambda: list(pool.map(lambda part: np.copyto(*part), parts))
-    )
-  alone = best_seconds(lambda: np.copyto(out, x))
-  return 2 * x.nbytes / min(spread, alone) / 1e9
+  pool = futures.ThreadPoolExecutor(threads)
+  return [
+    lambda: np.copyto(out, x),
+    lambda: list(pool.map(lambda part: np.copyto(*part), parts)),
+  ]
 
 
 def ours(x: np.ndarray) -> Iterator[Task]:
@@ -208,7 +213,7 @@ def work(system: str, elements: int) -> list[Row]:
   """All rows of one system, in this process."""
   x = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
   x *= np.float32(0.01)
-  copy = memcpy_gb_s(x)
+  beside = copies(x)
   rows = []
   for codec, encode, decode, size in SYSTEMS[system](x):
     payload = encode()
@@ -216,14 +221,17 @@ def work(system: str, elements: int) -> list[Row]:
     error = np.asarray(decode(payload)).reshape(-1) - x
     snr = 10 * np.log10(np.mean(x**2) / np.mean(error**2))
     moved = (x.nbytes + bytes_) / 1e9
+    encoding, decoding, *copying = best_seconds(
+      encode, lambda: decode(payload), *beside
+    )
     rows.append(
       {
         "system": system,
         "codec": codec,
         "elements": elements,
-        "encode_gb_s": moved / best_seconds(encode),
-        "decode_gb_s": moved / best_seconds(lambda: decode(payload)),
-        "memcpy_gb_s": copy,
+        "encode_gb_s": moved / encoding,
+        "decode_gb_s": moved / decoding,
+        "memcpy_gb_s": 2 * x.nbytes / min(copying) / 1e9,
         "bits_per_element": 8 * bytes_ / elements,
         "snr_db": float(snr),
       }
@@ -251,27 +259,36 @@ def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
 
 
 def merge(rows: list[Row]) -> list[Row]:
-  """The best of all rounds for each system and codec."""
-  best: dict[tuple[str, str], Row] = {}
-  copy = max(row["memcpy_gb_s"] for row in rows)
+  """The middle of all rounds for each system and codec.
+
+  `memcpy_gb_s` is the median of the rounds', and a rate the median share of the
+  copy beside it times that.
+  """
   # Not at the top: a peer's environment has no part of this package.
   from mpqfl_jax import host
 
+  found: dict[tuple[str, str], list[Row]] = {}
   for row in rows:
-    row |= {"cpu": host.processor(), "cores": os.cpu_count()}
-    kept = best.setdefault((row["codec"], row["system"]), dict(row))
-    kept["memcpy_gb_s"] = copy
-    for rate in ("encode_gb_s", "decode_gb_s"):
-      kept[rate] = max(kept[rate], row[rate])
-  order = {codec: i for i, (codec, _) in enumerate(best)}
-  return sorted(best.values(), key=lambda row: order[row["codec"]])
+    found.setdefault((row["codec"], row["system"]), []).append(row)
+  merged = []
+  for turns in found.values():
+    copy = statistics.median(turn["memcpy_gb_s"] for turn in turns)
+    rates = {
+      rate: copy
+      * statistics.median(turn[rate] / turn["memcpy_gb_s"] for turn in turns)
+      for rate in ("encode_gb_s", "decode_gb_s")
+    }
+    machine = {"cpu": host.processor(), "cores": os.cpu_count()}
+    merged.append(turns[0] | rates | {"memcpy_gb_s": copy} | machine)
+  order = {codec: i for i, (codec, _) in enumerate(found)}
+  return sorted(merged, key=lambda row: order[row["codec"]])
 
 
 def print_table(rows: list[Row]) -> None:
   """Prints rates, and their share of the copy's."""
   print(
     f"{'codec':16} {'system':10} {'encode GB/s':>17} {'decode GB/s':>17}"
-    f" {'bits':>6} {'SNR dB':>7}"
+    f" {'copy':>6} {'bits':>6} {'SNR dB':>7}"
   )
   for row in rows:
     copy = row["memcpy_gb_s"]
@@ -281,9 +298,8 @@ def print_table(rows: list[Row]) -> None:
     ]
     print(
       f"{row['codec']:16} {row['system']:10} {cells[0]:>17} {cells[1]:>17}"
-      f" {row['bits_per_element']:6.2f} {row['snr_db']:7.1f}"
+      f" {copy:6.1f} {row['bits_per_element']:6.2f} {row['snr_db']:7.1f}"
     )
-  print(f"copying float32: {rows[0]['memcpy_gb_s']:.2f} GB/s")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -291,8 +307,8 @@ def markdown(rows: list[Row]) -> str:
   systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
   names = " / ".join(["ours", *systems[1:]])
   lines = [
-    f"| Codec | Bits | Encode, GB/s: {names} | Share of a copy"
-    f" | Decode, GB/s: {names} | Share of a copy |",
+    f"| Codec | Bits | Encode, GB/s | Share of a copy: {names}"
+    f" | Decode, GB/s | Share of a copy: {names} |",
     "| :-- | --: | --: | --: | --: | --: |",
   ]
   for codec in dict.fromkeys(row["codec"] for row in rows):
@@ -302,14 +318,17 @@ def markdown(rows: list[Row]) -> str:
       continue
     cells = [codec, f"{ours['bits_per_element']:.2f}"]
     for rate in ("encode_gb_s", "decode_gb_s"):
-      values = [f"{mine[s][rate]:.2f}" if s in mine else "-" for s in systems]
-      share = ours[rate] / ours["memcpy_gb_s"]
-      cells += [" / ".join(values), f"{share:.0%}"]
+      shares = [
+        f"{mine[s][rate] / mine[s]['memcpy_gb_s']:.0%}" if s in mine else "-"
+        for s in systems
+      ]
+      cells += [f"{ours[rate]:.1f}", " / ".join(shares)]
     lines.append("| " + " | ".join(cells) + " |")
-  copy, count = rows[0]["memcpy_gb_s"], rows[0]["elements"]
+  copies = [row["memcpy_gb_s"] for row in rows]
   lines.append(
-    f"\n{count:,} elements on {rows[0]['cpu']}, {rows[0]['cores']} cores;"
-    f" copying float32 reaches {copy:.1f} GB/s."
+    f"\n{rows[0]['elements']:,} elements on {rows[0]['cpu']},"
+    f" {rows[0]['cores']} cores; copying float32 beside it reached"
+    f" {min(copies):.0f} to {max(copies):.0f} GB/s."
   )
   return "\n".join(lines)
 
@@ -319,7 +338,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--elements", type=int, default=25_000_000)
   parser.add_argument("--peers", default="", help="of qwix, torch")
-  parser.add_argument("--rounds", type=int, default=3)
+  parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--json", default="", help="file to write")
   parser.add_argument(
     "--write", type=pathlib.Path, help="page whose table to replace"

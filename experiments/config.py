@@ -45,6 +45,12 @@ def _define() -> None:
   f.DEFINE_bool(
     "resume", False, "Go on with the run in --output_dir, if one is there."
   )
+  f.DEFINE_bool(
+    "dry_run",
+    False,
+    "Print the config, what each defence sends, and costs measured in two"
+    " rounds; write nothing.",
+  )
   f.DEFINE_integer(
     "checkpoint_every", 10, "Rounds between checkpoints; 0: at the end only.", 0
   )
@@ -228,6 +234,7 @@ class Config:
   output_dir: str
   overwrite: bool
   resume: bool
+  dry_run: bool
   checkpoint_every: int
   seed: int
   dataset: str
@@ -417,6 +424,16 @@ def check(config: Config) -> None:
       raise errors.UserError(
         "--task=scaling attacks nothing. Expected no --attack."
       )
+  if config.dry_run and config.task not in ("train", "attack"):
+    raise errors.UserError(
+      f"--dry_run with --task={config.task}, which consists of other runs."
+      " Expected --task=train or attack."
+    )
+  if config.dry_run and config.coordinator_address is not None:
+    raise errors.UserError(
+      "--dry_run measures one process. Expected no --coordinator_address,"
+      " --num_processes and --process_id with it."
+    )
   if config.task == "attack" and not config.attack:
     raise errors.UserError(
       "--task=attack needs --attack. Expected one or more of"

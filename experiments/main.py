@@ -1,4 +1,9 @@
-"""python -m experiments.main --flagfile=experiments/flags/NAME.flags"""
+"""The command line.
+
+    python -m experiments.main --flagfile=experiments/flags/NAME.flags
+    python -m experiments.main list            what flags can name
+    python -m experiments.main list attacks    one of the tables
+"""
 
 import dataclasses
 import json
@@ -13,7 +18,9 @@ import jax
 from experiments import (
   adversary,
   attack,
+  catalogue,
   config,
+  dry_run,
   folder,
   scaling,
   setting,
@@ -52,6 +59,9 @@ def main(argv: list[str]) -> int:
 def execute(argv: list[str]) -> int:
   """Runs the task on the devices that JAX has; see `main`."""
   try:
+    if argv[1:2] == ["list"]:
+      print(catalogue.text(argv[2:]))
+      return 0
     run(_config(argv))
   except (errors.UserError, KeyboardInterrupt) as e:
     status, line = _explain(e)
@@ -106,18 +116,23 @@ def _explain(e: errors.UserError | KeyboardInterrupt) -> tuple[int, str]:
   )
 
 
-def run(values: config.Config) -> pathlib.Path:
+def run(values: config.Config) -> pathlib.Path | None:
   """Builds everything, makes the run's folder, runs, reports.
 
   Args:
     values: from `config.from_flags` or `config.make`.
 
   Returns:
-    The run's folder.
+    The run's folder; None after a dry run.
 
   Raises:
     UserError: a mistake, found before the folder is made.
   """
+  if values.dry_run:
+    built = setting.build(values)
+    adversary.check(values, built, _SHAPES[values.task](values, built))
+    print(dry_run.text(values, built, measure))
+    return None
   if values.task == "study":
     run_dir = study.run(values, measure)
     page = html.write(run_dir)

@@ -127,7 +127,7 @@ def compiled(
     .compile()
   )
   end = (
-    jax.jit(parts.end, donate_argnums=(0, 1), out_shardings=whole)
+    jax.jit(parts.end, donate_argnums=0, out_shardings=whole)
     .lower(state, sums, put(key))
     .compile()
   )

@@ -1,0 +1,164 @@
+"""`--dry_run`: what a run would do and cost, from two of its rounds.
+
+Nothing stays on the disk. Seconds and memory are measured, not modelled: two
+rounds run for each defence, the second of which is timed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+import resource
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import folder, setting
+from experiments.config import Config
+from mpqfl_jax import datasets, defenses, federated, precision
+from mpqfl_jax.types import Cohort, Examples, Update
+
+ROUNDS = 2
+
+
+def text(
+  config: Config,
+  built: setting.Setting,
+  measure: Callable[[Config, datasets.Dataset], pathlib.Path],
+) -> str:
+  """The resolved config, what each defence sends, bytes, seconds, memory.
+
+  Args:
+    config: the run's.
+    built: what its defences share.
+    measure: runs a config on a data set; returns the run's folder.
+  """
+  lines = ["The run, resolved:"]
+  lines += [
+    f"  --{name}={_flag(value)}"
+    for name, value in dataclasses.asdict(config).items()
+    if value is not None and name != "dry_run"
+  ]
+  lines += [
+    f"  plan: {built.plan.name} on {built.mesh.devices.size} device(s),"
+    f" {built.plan.reason}",
+    f"  examples: {len(built.data.y_train):,} to train on,"
+    f" {len(built.data.y_test):,} to test on, from {built.data.source}",
+  ]
+  for spec in config.defense:
+    codec = defenses.make(spec, built.template, built.protocol).codec
+    update = _update(config, built, spec)
+    lines += [
+      "",
+      f"What a client sends under {spec}:",
+      precision.table(codec, update, jax.random.key(config.seed)),
+    ]
+  if config.task == "train":
+    lines += ["", *_costs(config, built, measure)]
+  return "\n".join(lines)
+
+
+def _flag(value: object) -> str:
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _update(config: Config, built: setting.Setting, spec: str) -> Update:
+  """The first client's update at the initial weights, behind the transform."""
+  defense = defenses.make(spec, built.template, built.protocol)
+  client = federated.client(
+    setting.training(config, built, defense),
+    defense.transform,
+    precision.make("none", built.template),
+  )
+  offset, size = int(built.clients.offsets[0]), int(built.clients.sizes[0])
+  rows = built.clients.order[offset : offset + size]
+  examples = Examples(
+    jnp.asarray(built.data.x_train[rows]),
+    jnp.asarray(built.data.y_train[rows], jnp.int32),
+    jnp.arange(size, dtype=jnp.int32),
+  )
+  params = built.model.init(setting.key(config, setting.WEIGHTS))
+  sent = federated.Broadcast(params, (), jnp.float32(built.rates.client(0)))
+  who = Cohort(jnp.int32(0), jnp.int32(0), jnp.int32(size))
+  key = setting.key(config, setting.ROUNDS)
+  return jax.jit(client.turn)(
+    sent, examples, who, client.init(params), key
+  ).update
+
+
+def _costs(
+  config: Config,
+  built: setting.Setting,
+  measure: Callable[[Config, datasets.Dataset], pathlib.Path],
+) -> list[str]:
+  """Two rounds of each defence in a folder that is thrown away."""
+  with tempfile.TemporaryDirectory() as place:
+    trial = dataclasses.replace(
+      config,
+      rounds=ROUNDS,
+      attack=(),
+      attack_rounds=(1,),
+      checkpoint_every=0,
+      output_dir=f"{place}/run",
+      resume=False,
+      dry_run=False,
+    )
+    run_dir = measure(trial, built.data)
+    rounds = folder.read_lines(run_dir / "metrics.jsonl")
+    summary = json.loads((run_dir / "summary.json").read_text())
+  rows = [
+    (
+      "defence",
+      "compiling, s",
+      "s a round",
+      f"s for {config.rounds}",
+      "uplink a client, bytes",
+      "uplink of the run, MB",
+      "downlink, MB",
+    )
+  ]
+  for spec, entry in summary["defenses"].items():
+    mine = [line for line in rounds if line["defense"] == spec]
+    seconds = mine[-1]["seconds"]
+    up, down = (
+      config.rounds * np.mean([line[name] for line in mine]) / 1e6
+      for name in ("uplink_bytes", "downlink_bytes")
+    )
+    rows.append(
+      (
+        spec,
+        f"{entry['compile_seconds']:.1f}",
+        f"{seconds:.2f}",
+        f"{entry['compile_seconds'] + seconds * config.rounds:,.0f}",
+        f"{entry['uplink_bytes_per_client']:,.0f}",
+        f"{up:,.1f}",
+        f"{down:,.1f}",
+      )
+    )
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  return [
+    f"Costs of training, from {ROUNDS} rounds of each defence"
+    " (attacks and the report come on top):",
+    *(
+      "  ".join(
+        cell.rjust(width) if i else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+      )
+      for row in rows
+    ),
+    f"Peak memory of the process: {peak:,.0f} MB; on the device:"
+    f" {_device_peak()}.",
+    "Nothing was written.",
+  ]
+
+
+def _device_peak() -> str:
+  found = [
+    (device.memory_stats() or {}).get("peak_bytes_in_use")
+    for device in jax.local_devices()
+  ]
+  known = [peak for peak in found if peak is not None]
+  return f"{max(known) / 2**20:,.0f} MB" if known else "it keeps no count"
