@@ -75,15 +75,39 @@ def test_affine_is_tflite(bits, shift):
   assert np.abs(got - decoded).max() <= 1.01 * scale
 
 
-@pytest.mark.parametrize("odd", [None, np.nan, np.inf, -3e38])
-def test_largest_magnitude_of_a_large_array(odd):
-  x = np.random.default_rng(0).standard_normal((2, 2**19)).astype(np.float32)
-  expected = np.abs(x).max()
+@pytest.mark.parametrize("odd", [None, np.nan, np.inf, -np.inf, -3e38])
+@pytest.mark.parametrize(
+  "shape", [(50,), (9, 3000), (2, 2**19), (1024, 1040), (1048583,)]
+)
+def test_ranges_of_arrays(odd, shape):
+  """Small ones, large ones in strips or not, and one that cannot be cut."""
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  bottom, top = x.min(), x.max()
   if odd is not None:
-    x[1, 77], expected = odd, quantize.LARGEST
+    x.ravel()[x.size // 3] = odd
+    bottom, top = -quantize.LARGEST, quantize.LARGEST
+    if np.isfinite(odd):
+      top = x.max()
   found = jax.jit(quantize.largest_magnitude)(x)
-  assert found.shape == (1, 1)
-  assert found.item() == expected
+  assert found.shape == (1,) * x.ndim
+  assert found.item() == max(-bottom, top)
+  ends = jax.jit(quantize.extremes)(x)
+  assert [end.shape for end in ends] == [(1,) * x.ndim] * 2
+  assert [end.item() for end in ends] == [bottom, top]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ranges_of_rows_that_are_not_finite(axis):
+  x = np.random.default_rng(0).standard_normal((20, 20_000)).astype(np.float32)
+  x[3, 7] = np.nan
+  odd = {0: (0, 7), 1: (3, 0)}[axis]
+  expected = np.abs(x).max(axis, keepdims=True)
+  expected[odd] = quantize.LARGEST
+  found = jax.jit(lambda x: quantize.largest_magnitude(x, axis))(x)
+  np.testing.assert_array_equal(found, expected)
+  low, high = jax.jit(lambda x: quantize.extremes(x, axis))(x)
+  assert low[odd] == -quantize.LARGEST and high[odd] == quantize.LARGEST
+  assert np.isfinite(low).all() and np.isfinite(high).all()
 
 
 def test_affine_by_hand():
