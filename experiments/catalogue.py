@@ -1,6 +1,7 @@
 """What flags can name, for `python -m experiments.main list`."""
 
 from collections.abc import Iterator
+import functools
 import inspect
 from typing import Any
 
@@ -16,7 +17,15 @@ from mpqfl_jax import (
 )
 
 # Of constructors: what the package gives them, and no flag can.
-_GIVEN = ("auxiliary", "kwargs", "model", "params", "protocol", "shape", "work")
+_GIVEN = (
+  "auxiliary",
+  "leakage",
+  "model",
+  "params",
+  "protocol",
+  "shape",
+  "work",
+)
 
 
 def sections() -> dict[str, dict[str, tuple[str, str]]]:
@@ -43,7 +52,11 @@ def sections() -> dict[str, dict[str, tuple[str, str]]]:
     "Attacks (--attack)": _flipped(attacks.ATTACKS),
     "Aggregators (--aggregator)": _flipped(aggregate.AGGREGATORS),
     "Schedules (--client_lr_schedule, --server_lr_schedule)": _flipped(
-      schedules.SCHEDULES
+      {
+        # Given by position: the rate, and the rounds after the warm-up.
+        name: (functools.partial(build, 1.0, 1), line)
+        for name, (build, line) in schedules.SCHEDULES.items()
+      }
     ),
   }
 
@@ -69,9 +82,7 @@ def text(wanted: list[str]) -> str:
   )
 
 
-def _lines(
-  heading: str, entries: dict[str, tuple[str, str]]
-) -> Iterator[str]:
+def _lines(heading: str, entries: dict[str, tuple[str, str]]) -> Iterator[str]:
   yield heading
   width = max(len(name) for name in entries)
   for name, (parameters, line) in entries.items():

@@ -15,6 +15,7 @@ from mpqfl_jax import (
   errors,
   federated,
   models,
+  own_images,
   partition,
   schedules,
   specs,
@@ -56,7 +57,12 @@ def _define() -> None:
   )
   f.DEFINE_integer("seed", 0, "Everything random derives from it.", 0)
 
-  f.DEFINE_string("dataset", "mnist_sample", ", ".join(DATASETS) + ".")
+  f.DEFINE_string(
+    "dataset",
+    "mnist_sample",
+    ", ".join(DATASETS) + "; or images of your own: FILE.npz, or a folder with"
+    " train/CLASS/NAME.png and test/CLASS/NAME.png.",
+  )
   f.DEFINE_string("data_dir", None, "TFDS folder of a full set.")
   f.DEFINE_string(
     "partition",
@@ -339,7 +345,11 @@ def make(**changes: Any) -> Config:
 def check(config: Config) -> None:
   """Raises UserError where values cannot be had together."""
   known = (
-    ("dataset", config.dataset, DATASETS),
+    *(
+      ("dataset", name, DATASETS)
+      for name in (config.dataset, *config.study_datasets)
+      if not own_images.is_path(name)
+    ),
     ("model", config.model, models.MODELS),
     ("partition", config.partition, partition.PARTITIONS),
     ("server optimizer", config.server_optimizer, federated.SERVER_OPTIMIZERS),
@@ -347,7 +357,6 @@ def check(config: Config) -> None:
       ("attack", specs.parse(a)[0], attacks_lib.ATTACKS) for a in config.attack
     ),
     *(("--attack_knowledge", k, KNOWLEDGE) for k in config.attack_knowledge),
-    *(("dataset", name, DATASETS) for name in config.study_datasets),
   )
   for kind, name, table in known:
     if name not in table:

@@ -1,8 +1,8 @@
 """The command line.
 
-    python -m experiments.main --flagfile=experiments/flags/NAME.flags
-    python -m experiments.main list            what flags can name
-    python -m experiments.main list attacks    one of the tables
+python -m experiments.main --flagfile=experiments/flags/NAME.flags
+python -m experiments.main list            what flags can name
+python -m experiments.main list attacks    one of the tables
 """
 
 import dataclasses

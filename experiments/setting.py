@@ -25,6 +25,7 @@ from mpqfl_jax import (
   federated,
   local,
   models,
+  own_images,
   partition,
   precision,
   schedules,
@@ -115,6 +116,13 @@ def _not_attacked(config: Config, data: datasets.Dataset) -> np.ndarray:
   return np.delete(data.x_train, np.s_[rows.start : rows.stop], axis=0)
 
 
+def load_data(config: Config) -> datasets.Dataset:
+  """The config's data set, by name or from a path of the user's own."""
+  if own_images.is_path(config.dataset):
+    return own_images.load(config.dataset)
+  return datasets.load(config.dataset, config.data_dir)
+
+
 def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:
   """(height, width, channels)."""
   _, height, width, channels = data.x_train.shape
@@ -133,7 +141,7 @@ def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
   """
   plan = engine.plan(config.plan, jax.default_backend())
   mesh = engine.mesh(config.devices)
-  data = data or datasets.load(config.dataset, config.data_dir)
+  data = data or load_data(config)
   net = model(config, data, plan.conv)
   template = jax.eval_shape(net.init, jax.random.key(0))
   if config.task == "attack":

@@ -189,7 +189,7 @@ def run(
     bar.set_postfix_str(cell.name)
     if loaded != cell.config.dataset:
       loaded = cell.config.dataset
-      data = datasets.load(loaded, values.data_dir)
+      data = setting.load_data(cell.config)
     measure(cell.config, data)
   results = collect(cells, encryption)
   written = write(run_dir, values, results)
@@ -207,8 +207,8 @@ def _done(cell: Cell) -> bool:
 def _check(values: config.Config, cells: list[Cell]) -> None:
   """Refuses what some cell would refuse, before any was run."""
   for dataset in values.study_datasets:
-    data = datasets.load(dataset, values.data_dir)
     here = dataclasses.replace(values, dataset=dataset)
+    data = setting.load_data(here)
     setting.build(dataclasses.replace(here, task="train"), data)
     mine = [
       c.config

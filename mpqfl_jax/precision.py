@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import glob
 import inspect
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mpqfl_jax import (
   budget,
@@ -32,7 +34,7 @@ from mpqfl_jax import (
 )
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.policy import QuantRule
-from mpqfl_jax.types import Codec, Key, Params, PyTree, Update
+from mpqfl_jax.types import Array, Codec, Key, Params, PyTree, Update
 
 Granularity = str | int
 
@@ -324,6 +326,39 @@ def make(name: str, params: Params, **options: Any) -> Codec:
   if feedback:
     codec = codecs.error_feedback(codec)
   return codec if coding is None else entropy.coded(codec, coding)
+
+
+class CodecState(NamedTuple):
+  """What `transformation` keeps: the codec's state, and how often it ran."""
+
+  inner: PyTree
+  count: Array
+
+
+def transformation(codec: Codec, key: Key) -> optax.GradientTransformation:
+  """A codec for somebody else's training loop, as one link of an optax chain.
+
+  Gradients become what a server would have decoded.
+
+  Args:
+    codec: built for these parameters.
+    key: of the codec's randomness, which differs from step to step.
+  """
+
+  def init(params):
+    return CodecState(codec.init(params), jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params=None):
+    del params
+    payload, inner = codec.encode(
+      jax.random.fold_in(key, state.count), updates, state.inner
+    )
+    decoded = jax.tree.map(
+      lambda d, u: d.astype(u.dtype), codec.decode(payload), updates
+    )
+    return decoded, CodecState(inner, state.count + 1)
+
+  return optax.GradientTransformation(init, update)
 
 
 def table(

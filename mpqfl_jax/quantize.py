@@ -14,6 +14,7 @@ represented exactly.
 [-4, 0, 1, 7]
 """
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def largest_magnitude(x: Array, axis: Axis = None) -> Array:
   if axis is None and _is_large(x):
     # One loop over slices side by side, which leaves little to reduce: on a CPU
     # the reduction of all magnitudes takes up to twice as long.
-    part = _largest_of(jnp.abs(x.reshape(_SLICES, -1)))
+    part = _largest_of(jnp.abs, x.reshape(_SLICES, -1))
     magnitude = jnp.max(part, keepdims=True).reshape((1,) * x.ndim)
     return jnp.minimum(magnitude, LARGEST)
   magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
@@ -90,7 +91,8 @@ def extremes(x: Array, axis: Axis = None) -> tuple[Array, Array]:
     # Both ends as maxima in one loop, strip by strip: the second of the two
     # passes over a strip finds it in the cache.
     signs = jnp.array([-1.0, 1.0], jnp.float32)[:, None]
-    part = _largest_of(x.reshape(_SLICES, -1, 1, strip) * signs)
+    slices = x.reshape(_SLICES, -1, 1, strip)
+    part = _largest_of(lambda slice: slice * signs, slices)
     ends = jnp.max(part, (0, 2)).reshape(2, *(1,) * x.ndim)
     finite_ends = jnp.all(ends < jnp.inf)
     bottom, top = -ends[0], ends[1]
@@ -120,9 +122,10 @@ def _strip(x: Array) -> int:
   return next(n for n in range(_STRIP, 0, -1) if length % n == 0)
 
 
-def _largest_of(slices: Array) -> Array:
-  """The largest of the slices along the first axis, infinite for NaN."""
-  part = functools.reduce(jnp.maximum, [slices[i] for i in range(_SLICES)])
+def _largest_of(fn: Callable[[Array], Array], slices: Array) -> Array:
+  """The largest of `fn` of the slices along the first axis, inf for NaN."""
+  # Slices first: XLA would store what came before them.
+  part = functools.reduce(jnp.maximum, [fn(slices[i]) for i in range(_SLICES)])
   # Mended here, so that the loop ends here.
   return jnp.where(part < jnp.inf, part, jnp.inf)
 

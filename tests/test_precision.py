@@ -2,6 +2,7 @@
 
 import doctest
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,3 +242,20 @@ def test_examples_in_the_docs(module):
 def test_choices_hold_what_a_byte_can_code():
   with pytest.raises(UserError, match="int16"):
     choice.menu([choice.Option("int16")])
+
+
+def test_a_codec_as_an_optax_transformation():
+  """One link of a chain gives what encoding and decoding by hand gives."""
+  params = {"a": jnp.linspace(-1, 1, 40), "b": jnp.ones((3, 2))}
+  random = precision.make("int3", params, rounding="stochastic")
+  fed_back = precision.make("sign", params, error_feedback=True)
+  key = jax.random.key(3)
+  for codec in (random, fed_back):
+    link = precision.transformation(codec, key)
+    state, held = link.init(params), codec.init(params)
+    step = jax.jit(link.update)
+    for number in range(3):
+      found, state = step(params, state)
+      sent, held = codec.encode(jax.random.fold_in(key, number), params, held)
+      chex.assert_trees_all_close(found, codec.decode(sent), rtol=1e-6)
+    assert int(state.count) == 3

@@ -1,0 +1,73 @@
+"""`list` and `--dry_run`: the command line explains itself."""
+
+import re
+
+import pytest
+
+from experiments import catalogue
+from mpqfl_jax import attacks, datasets, defenses, models, precision
+from tests.test_experiments import SMALL, execute
+
+
+def test_everything_is_listed_with_its_parameters():
+  text = catalogue.text([])
+  for table in (
+    datasets.SAMPLES,
+    datasets.FULL_SETS,
+    models.MODELS,
+    precision.CODECS,
+    defenses.TRANSFORMING,
+    attacks.ATTACKS,
+  ):
+    for name in table:
+      assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
+  assert "clip=1.0, noise_multiplier=None, epsilon=None" in text
+  assert "auxiliary" not in text and "leakage=" not in text
+
+
+def test_one_table_by_its_heading():
+  assert catalogue.text(["attacks"]).startswith("Attacks (--attack)\n  dlg ")
+  assert "lenet_zhu" not in catalogue.text(["attacks"])
+  assert "lenet_zhu" in catalogue.text(["attacks", "models"])
+
+
+def test_the_command(capfd):
+  assert execute("list", "models") == 0
+  assert capfd.readouterr().out.startswith("Models (--model)\n")
+  assert execute("list", "atacks") == 2
+  assert "Did you mean 'attacks'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["train", "attack"])
+def test_a_dry_run_measures_and_writes_nothing(tmp_path, capfd, task):
+  run = tmp_path / "run"
+  images = ("--attack_images=test:0-1",) if task == "attack" else ()
+  status = execute(
+    *SMALL,
+    f"--task={task}",
+    "--rounds=40",
+    "--defense=none,int4",
+    "--attack=dlg(iterations=2)",
+    f"--output_dir={run}",
+    "--dry_run",
+    *images,
+  )
+  said = capfd.readouterr()
+  assert status == 0, said.err
+  assert not run.exists()
+  assert "--rounds=40" in said.out and "--defense=none,int4" in said.out
+  assert "What a client sends under int4:" in said.out
+  assert re.search(r"message +\d", said.out)
+  costs = re.findall(r"^(none|int4) +[\d.]+ +([\d.]+) +(\d+) ", said.out, re.M)
+  if task == "attack":
+    assert not costs
+    return
+  assert [name for name, *_ in costs] == ["none", "int4"]
+  for _, one, whole in costs:
+    assert float(whole) >= 40 * float(one) - 1
+  assert "Peak memory of the process" in said.out
+
+
+def test_a_dry_run_refuses_what_consists_of_runs(capfd):
+  assert execute("--task=scaling", "--dry_run") == 2
+  assert "--dry_run with --task=scaling" in capfd.readouterr().err
