@@ -13,9 +13,10 @@ float64: all start from the same weights and visit the same batches there, so
 that nobody is faster by doing less.
 
 Our row runs what `experiments.main` runs: the engine under `--plan` on
-`--devices` devices, per-client randomness, reports and the float32 codec
-included. `matmul_peak_gflops` is the best of NumPy's and JAX's square float32
-product in this run, on all cores; `peak_rss_mb` sums over a system's processes.
+`--devices` devices, per-client randomness, reports, the float32 codec and the
+settings of `mpqfl_jax.host` included. `matmul_peak_gflops` is the best of
+NumPy's and JAX's square float32 product in this run, on all cores;
+`peak_rss_mb` sums over a system's processes.
 """
 
 import argparse
@@ -42,9 +43,6 @@ Row = dict[str, Any]
 
 def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   """The package's engine, as `experiments.main` sets it up."""
-  from mpqfl_jax import host
-
-  host.tune()
   import jax
 
   jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count())
@@ -129,6 +127,12 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   round_fn = jax.jit(algorithm.round, donate_argnums=(0, 1))
   seconds, weights = [], {}
   for number in range(args.rounds + 1):
+    if args.trace and number == 1:
+      program = round_fn.lower(
+        state, store.gather(held, ids), examples, cohort, watched, first
+      )
+      (folder / "program.txt").write_text(program.compile().as_text())
+      jax.profiler.start_trace(folder / "trace")
     began = time.perf_counter()
     key = first if number == 0 else jax.random.fold_in(first, number)
     key = jax.device_put(key, whole)
@@ -144,6 +148,8 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
         for layer, leaves in state.params.items()
         for leaf, value in leaves.items()
       }
+  if args.trace:
+    jax.profiler.stop_trace()
   np.savez(folder / "answer.npz", **weights)  # type: ignore[arg-type]
   from importlib import metadata
 
@@ -242,6 +248,9 @@ def command(
   if system not in PEERS:
     own = [sys.executable, "-m", "benchmarks.federated", f"--worker={system}"]
     own += [f"--folder={shared[0]}", *shared[1:], f"--plan={plan}"]
+    from mpqfl_jax import host
+
+    env |= host.variables()
     return own + ([f"--devices={args.devices}"] if args.devices else []), env
   binaries = args.peers_dir / system / "bin"
   if not (binaries / "python").exists():
@@ -351,6 +360,7 @@ def _parse() -> argparse.Namespace:
     "--peers_dir", type=pathlib.Path, default=pathlib.Path(".venv-peers")
   )
   parser.add_argument("--worker", help=argparse.SUPPRESS)
+  parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   args.peers = [peer for peer in args.peers.split(",") if peer]

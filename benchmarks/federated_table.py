@@ -1,6 +1,7 @@
 """Markdown of `benchmarks.federated --json`, for docs/performance.md.
 
-    python -m benchmarks.federated_table results/federated/*.json
+    python -m benchmarks.federated_table --page=docs/performance.md \
+      results/federated/*.json
 
 A table for each model: a group of rows is one run, in which the systems took
 turns. The ratio is ours over the fastest peer of that run.
@@ -10,6 +11,8 @@ import argparse
 import json
 import pathlib
 from typing import Any
+
+from benchmarks import page
 
 Row = dict[str, Any]
 OURS = "mpqfl_jax"
@@ -77,11 +80,15 @@ def markdown(runs: list[list[Row]]) -> str:
 
 
 def main() -> None:
-  """Prints the tables."""
+  """Prints the tables, or puts them into a page."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("files", nargs="+", type=pathlib.Path)
-  runs = [json.loads(f.read_text()) for f in parser.parse_args().files]
-  print(markdown(runs))
+  parser.add_argument("--page", type=pathlib.Path, help="page to put them into")
+  args = parser.parse_args()
+  text = markdown([json.loads(f.read_text()) for f in args.files])
+  print(text)
+  if args.page:
+    page.put(args.page, "federated", text)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
   command = [python, __file__, f"--worker={system}", f"--elements={elements}"]
   from mpqfl_jax import host
 
-  environment = os.environ | host.variables()
+  environment = os.environ | host.variables(one_arena=True)
   done = subprocess.run(
     command, capture_output=True, text=True, env=environment
   )

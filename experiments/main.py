@@ -5,6 +5,11 @@ python -m experiments.main list            what flags can name
 python -m experiments.main list attacks    one of the tables
 """
 
+from mpqfl_jax import host
+
+if __name__ == "__main__":
+  host.restart()  # the allocator's settings, which go with a process
+
 import dataclasses
 import json
 import os
@@ -27,7 +32,7 @@ from experiments import (
   study,
   train,
 )
-from mpqfl_jax import datasets, distributed, errors, host
+from mpqfl_jax import datasets, distributed, errors
 from mpqfl_jax.report import html, tables
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page

@@ -6,15 +6,18 @@ on with `--resume`, and one whose grid has grown runs what is new.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import tqdm
 
@@ -25,6 +28,7 @@ from mpqfl_jax.report import claims, evidence, frontier
 # What has no influence on the results of a cell.
 _FREE = (
   *("output_dir", "overwrite", "resume", "data_dir", "checkpoint_every"),
+  "dry_run",
   *("coordinator_address", "num_processes", "process_id"),
 )
 # What the task `attack` never reads.
@@ -185,12 +189,13 @@ def run(
   )
   data: datasets.Dataset | None = None
   loaded = None
-  for cell in bar:
-    bar.set_postfix_str(cell.name)
-    if loaded != cell.config.dataset:
-      loaded = cell.config.dataset
-      data = setting.load_data(cell.config)
-    measure(cell.config, data)
+  with _programs_kept(run_dir / "compiled"):
+    for cell in bar:
+      bar.set_postfix_str(cell.name)
+      if loaded != cell.config.dataset:
+        loaded = cell.config.dataset
+        data = setting.load_data(cell.config)
+      measure(cell.config, data)
   results = collect(cells, encryption)
   written = write(run_dir, values, results)
   folder.write_json(
@@ -198,6 +203,25 @@ def run(
     {**written, **_totals(cells, time.perf_counter() - begin)},
   )
   return run_dir
+
+
+@contextlib.contextmanager
+def _programs_kept(place: pathlib.Path) -> Iterator[None]:
+  """What one cell compiles, later ones find; also after an interrupt.
+
+  A cache of the user's own is left alone.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    yield
+    return
+  jax.config.update("jax_compilation_cache_dir", str(place))
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+  shutil.rmtree(place, ignore_errors=True)
 
 
 def _done(cell: Cell) -> bool:

@@ -2,6 +2,13 @@
 
 import os
 import pathlib
+import tempfile
+
+# Workers, and the programs that tests start, share what they compile.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(tempfile.gettempdir()) / f"mpqfl_jax_tests_{os.getuid()}"),
+)
 
 import jax
 import pytest

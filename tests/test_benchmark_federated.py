@@ -1,5 +1,6 @@
 """The benchmark's work is what it says, and a system that does less shows."""
 
+import gzip
 import json
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+  breakdown,
   federated,
   federated_peers,
   federated_table,
@@ -199,3 +201,57 @@ def test_peers_do_the_same_work(tmp_path, peer):
   rows = _benchmark(tmp_path, "--model=lenet_zhu", f"--peers={peer}")
   assert [row["system"] for row in rows] == ["mpqfl_jax", peer]
   assert rows[1]["update_error"] < 1e-4
+
+
+def test_a_trace_is_added_up_by_what_operations_do(tmp_path):
+  scope = "jit(round)/shard_map/while/body"
+  (tmp_path / "program.txt").write_text(
+    f"""
+  %dot.1 = f32[4] dot(%a, %b), metadata={{op_name="{scope}/jvp(M)/dense1/dot"}}
+  ROOT %fusion.2 = f32[4] fusion(%c), \
+metadata={{op_name="{scope}/transpose(jvp(M))/conv1/conv"}}
+  %add.3 = f32[4] add(%c, %d), metadata={{op_name="{scope}/add" line=3}}
+""".replace("\\\n", "")
+  )
+  place = tmp_path / "trace" / "plugins" / "profile" / "now"
+  place.mkdir(parents=True)
+
+  def event(op, duration):
+    return {"ph": "X", "dur": duration, "args": {"hlo_op": op}}
+
+  trace = [
+    event("dot.1", 2e6),
+    event("dot.1", 1e6),
+    event("fusion.2", 5e5),
+    event("add.3", 2.5e5),
+    event("copy.9", 2.5e5),
+    event("while.4", 9e9),
+    {"ph": "X", "dur": 7e9, "args": {}},
+    {"ph": "M"},
+  ]
+  (place / "host.trace.json.gz").write_bytes(
+    gzip.compress(json.dumps({"traceEvents": trace}).encode())
+  )
+  found = breakdown.seconds(tmp_path)
+  assert found == {
+    "dense1, layer, forward": 3.0,
+    "conv1, layer, gradients": 0.5,
+    "batches, SGD step, sums": 0.5,
+  }
+
+
+@pytest.mark.parametrize("model", federated_task.ARCHITECTURES)
+def test_rates_of_layers_add_up_to_the_rate_of_a_step(model):
+  layers = breakdown.macs(model)
+  busy = {
+    f"{name}, layer, {way}": 0.25
+    for name in layers
+    for way in ("forward", "gradients")
+  }
+  wall = 0.25 * len(busy) + 1
+  text = breakdown.markdown(model, 10, busy, wall, 50.0)
+  last = text.splitlines()[-1].split("|")
+  gflops = 10 * federated_task.flops_per_client(model) / wall / 1e9
+  assert last[3].strip() == f"{gflops:.0f}"
+  assert last[4].strip() == f"{gflops / 50:.0%}"
+  assert f"{1e3 * 1 / 40:.2f}" in text.splitlines()[-2]

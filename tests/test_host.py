@@ -65,6 +65,32 @@ def test_what_the_user_set_stays():
   assert run("tuned", XLA_FLAGS=given)["flags"] == given
 
 
+RESTARTED = """
+import os, sys
+from mpqfl_jax import host
+host.restart()
+print(os.getpid(), sys.argv[1:], host.variables())
+"""
+
+
+def test_a_restart_is_the_same_process_with_the_settings(tmp_path):
+  clean = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("MALLOC_", "GLIBC_", "XLA_"))
+  }
+  program = tmp_path / "program.py"
+  program.write_text(RESTARTED)
+  with subprocess.Popen(
+    [sys.executable, str(program), "--a=b c", "d"],
+    env=clean | {"PYTHONPATH": os.getcwd()},
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    said = process.communicate()[0]
+  assert said == f"{process.pid} ['--a=b c', 'd'] {{}}\n"
+
+
 def test_variables_leave_what_is_set(monkeypatch):
   monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=128")

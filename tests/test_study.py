@@ -6,6 +6,9 @@ import re
 
 from absl import flags
 from absl.testing import flagsaver
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -276,3 +279,38 @@ def test_a_study_from_end_to_end(tmp_path):
   assert {a["weights"] for a in found} == {"initial", "trained"}
   # Cells are runs like any other, with pages of their own where wanted.
   assert html.write(run / "cells" / found[0]["cell"]).is_file()
+
+
+def test_cells_find_what_others_compiled(tmp_path, monkeypatch):
+  place = tmp_path / "compiled"
+  before = {
+    name: getattr(jax.config, name)
+    for name in (
+      "jax_compilation_cache_dir",
+      "jax_persistent_cache_min_compile_time_secs",
+    )
+  }
+
+  def compiled():
+    jax.jit(lambda x: x * 3 + 1).lower(jnp.zeros(7)).compile()
+    return {path.name for path in place.glob("*")}
+
+  try:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    with study._programs_kept(place):
+      assert not compiled()  # the user has a cache
+    jax.config.update("jax_compilation_cache_dir", None)
+    with study._programs_kept(place):
+      first = compiled()
+      assert first and compiled() == first
+    assert not place.exists()
+    with pytest.raises(KeyboardInterrupt), study._programs_kept(place):
+      compiled()
+      raise KeyboardInterrupt
+    assert place.exists()  # for the resumed study
+    assert jax.config.jax_compilation_cache_dir is None
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
