@@ -140,21 +140,30 @@ def _randomk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
 # What a rule may name: name -> (what it is, constructor of a leaf's codec).
 LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "float32": ("the update as it is", codecs.float32),
-  "float16": ("IEEE half precision", _half("float16")),
-  "bfloat16": ("the upper half of a float32", _half("bfloat16")),
-  "float8": ("e4m3 or e5m2 with a scale", _float8),
+  "float16": ("half precision, IEEE 754-2019", _half("float16")),
+  "bfloat16": (
+    "the upper half of a float32, Kalamkar et al. 2019",
+    _half("bfloat16"),
+  ),
+  "float8": ("e4m3 or e5m2 with a scale, Micikevicius et al. 2022", _float8),
   **{
-    f"int{bits}": (f"integers of {bits} bits", _integer(bits))
+    f"int{bits}": (
+      f"integers of {bits} bit{'s'[: bits - 1]}, Jacob et al. 2018",
+      _integer(bits),
+    )
     for bits in (*range(1, 9), 16)
   },
-  "sign": ("signs and the mean magnitude", _sign),
-  "ternary": ("TernGrad: -s, 0, s at random", _ternary),
-  "qsgd": ("QSGD: multiples of the norm over s, at random", _qsgd),
-  "nf4": ("NormalFloat: quantiles of a normal distribution", _nf4),
-  "drive": ("signs of the rotated update and DRIVE's scale", _drive),
-  "prune": ("zeroes the smallest magnitudes", _prune),
-  "topk": ("sends only the largest magnitudes", _topk),
-  "randomk": ("sends random entries, unbiased", _randomk),
+  "sign": ("signs and the mean magnitude, Bernstein et al. 2018", _sign),
+  "ternary": ("TernGrad: -s, 0, s at random, Wen et al. 2017", _ternary),
+  "qsgd": (
+    "multiples of the norm over s, at random, Alistarh et al. 2017",
+    _qsgd,
+  ),
+  "nf4": ("quantiles of a normal distribution, Dettmers et al. 2023", _nf4),
+  "drive": ("signs of the rotated update, Vargaftik et al. 2021", _drive),
+  "prune": ("zeroes the smallest magnitudes, Zhu et al. 2019", _prune),
+  "topk": ("sends only the largest magnitudes, Aji and Heafield 2017", _topk),
+  "randomk": ("sends random entries, unbiased, Konečný et al. 2016", _randomk),
 }
 
 # The turns that layers take in `paper`, from the first layer on. A
@@ -281,7 +290,7 @@ def _uniform(precision: str) -> Callable[..., Codec]:
 CODECS: dict[str, tuple[str, Callable[..., Codec]]] = {
   "none": ("no defence: float32 as it is", _uniform("float32")),
   **{name: (what, _uniform(name)) for name, (what, _) in LEAF_CODECS.items()},
-  "paper": ("layers take turns between precisions and modes", paper),
+  "paper": ("layers take turns between modes, after Ovi et al. 2022", paper),
   "mixed_random": ("a random precision and mode a leaf", mixed_random),
   "budget": ("least error in so many bytes", budget.budget),
   "guarded": ("least predicted leakage in so many bytes", budget.guarded),

@@ -22,7 +22,7 @@ def test_everything_is_listed_with_its_parameters():
     for name in table:
       assert re.search(rf"^  {name} +\S", text, re.MULTILINE), name
   assert "clip=1.0, noise_multiplier=None, epsilon=None" in text
-  assert "auxiliary" not in text and "leakage=" not in text
+  assert "auxiliary=" not in text and "leakage=" not in text
 
 
 def test_one_table_by_its_heading():
@@ -41,7 +41,7 @@ def test_the_command(capfd):
 @pytest.mark.parametrize("task", ["train", "attack"])
 def test_a_dry_run_measures_and_writes_nothing(tmp_path, capfd, task):
   run = tmp_path / "run"
-  images = ("--attack_images=test:0-1",) if task == "attack" else ()
+  images = ("--attack_images=test:0-3",) if task == "attack" else ()
   status = execute(
     *SMALL,
     f"--task={task}",
@@ -69,5 +69,5 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, capfd, task):
 
 
 def test_a_dry_run_refuses_what_consists_of_runs(capfd):
-  assert execute("--task=scaling", "--dry_run") == 2
+  assert execute("--task=scaling", "--num_clients=1000", "--dry_run") == 2
   assert "--dry_run with --task=scaling" in capfd.readouterr().err

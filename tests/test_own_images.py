@@ -90,5 +90,6 @@ def test_files_and_folders_of_another_form_are_refused(tmp_path):
   refused(folder, "of one size")
   (folder / "train" / "a" / "2.png").write_text("no picture")
   refused(folder, "cannot read")
+  (folder / "train" / "a" / "2.png").unlink()
   (folder / "test" / "b").mkdir()
   refused(folder, "a class that")
