@@ -37,7 +37,9 @@ import numpy as np
 from benchmarks import federated_task
 
 PEERS = ("fedjax", "pfl", "flower", "torch")
-TOLERANCE = 1e-3
+# Of the length of the update. Sums of a thousand float32 weights, as torch's
+# plain loop makes them, are off by 2e-3; a step left out is a quarter.
+TOLERANCE = 5e-3
 Row = dict[str, Any]
 
 
@@ -367,6 +369,8 @@ def _parse() -> argparse.Namespace:
   for peer in args.peers:
     if peer not in PEERS:
       parser.error(f"unknown peer {peer!r}: expected {', '.join(PEERS)}")
+  if args.peers and args.model == "mlp":
+    parser.error("--model=mlp compares our plans: expected no --peers")
   return args
 
 

@@ -30,6 +30,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sigmoid": False,
     "dense": (3136, 512, 10),
   },
+  # For our own plans; the peers' workers have the other two.
+  "mlp": {
+    "convs": (),
+    "pool": 1,
+    "sigmoid": False,
+    "dense": (784, 200, 200, 10),
+  },
 }
 Arrays = dict[str, np.ndarray]
 

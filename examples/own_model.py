@@ -33,10 +33,9 @@ class Nnx(nnx.Module):
     return self.out(x.reshape(len(x), -1))
 
 
-runs = sys.argv[1] if sys.argv[1:] else "runs"
-models.MODELS["linen"] = (Linen, "one hidden layer")
 wrapped = lambda classes, conv: nnx.bridge.to_linen(Nnx, classes)  # noqa: E731
-models.MODELS["nnx"] = (wrapped, "one layer")
+models.MODELS |= {"linen": (Linen, "two layers"), "nnx": (wrapped, "one layer")}
+runs = sys.argv[1] if sys.argv[1:] else "runs"
 for name in ("linen", "nnx"):
   values = config.make(
     model=name,
