@@ -133,7 +133,7 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
       program = round_fn.lower(
         state, store.gather(held, ids), examples, cohort, watched, first
       )
-      (folder / "program.txt").write_text(program.compile().as_text())
+      (folder / "program.txt").write_text(str(program.compile().as_text()))
       jax.profiler.start_trace(folder / "trace")
     began = time.perf_counter()
     key = first if number == 0 else jax.random.fold_in(first, number)

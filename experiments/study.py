@@ -211,7 +211,7 @@ def _programs_kept(place: pathlib.Path) -> Iterator[None]:
 
   A cache of the user's own is left alone.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  if jax.config.values["jax_compilation_cache_dir"] is not None:
     yield
     return
   jax.config.update("jax_compilation_cache_dir", str(place))

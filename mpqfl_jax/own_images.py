@@ -48,9 +48,8 @@ def load(path: str) -> Dataset:
   if missing:
     raise errors.UserError(f"{path} has no {', '.join(missing)}. {_FORM}")
   classes = [str(name) for name in arrays.get("class_names", ())]
-  return from_arrays(
-    place.stem, *(arrays[name] for name in names), class_names=classes
-  )
+  x_train, y_train, x_test, y_test = (arrays[name] for name in names)
+  return from_arrays(place.stem, x_train, y_train, x_test, y_test, classes)
 
 
 def from_arrays(
@@ -164,7 +163,8 @@ def _folder(place: pathlib.Path) -> Dataset:
       raise errors.UserError(f"no pictures in {place / split}. {_FORM}")
     arrays += [_pictures([file for file, _ in files])]
     arrays += [np.array([label for _, label in files], np.int32)]
-  return from_arrays(place.name, *arrays, class_names=classes)
+  x_train, y_train, x_test, y_test = arrays
+  return from_arrays(place.name, x_train, y_train, x_test, y_test, classes)
 
 
 def _pictures(files: list[pathlib.Path]) -> np.ndarray:

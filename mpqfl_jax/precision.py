@@ -341,7 +341,7 @@ class CodecState(NamedTuple):
   """What `transformation` keeps: the codec's state, and how often it ran."""
 
   inner: PyTree
-  count: Array
+  steps: Array
 
 
 def transformation(codec: Codec, key: Key) -> optax.GradientTransformation:
@@ -360,12 +360,12 @@ def transformation(codec: Codec, key: Key) -> optax.GradientTransformation:
   def update(updates, state, params=None):
     del params
     payload, inner = codec.encode(
-      jax.random.fold_in(key, state.count), updates, state.inner
+      jax.random.fold_in(key, state.steps), updates, state.inner
     )
     decoded = jax.tree.map(
       lambda d, u: d.astype(u.dtype), codec.decode(payload), updates
     )
-    return decoded, CodecState(inner, state.count + 1)
+    return decoded, CodecState(inner, state.steps + 1)
 
   return optax.GradientTransformation(init, update)
 

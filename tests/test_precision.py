@@ -258,4 +258,4 @@ def test_a_codec_as_an_optax_transformation():
       found, state = step(params, state)
       sent, held = codec.encode(jax.random.fold_in(key, number), params, held)
       chex.assert_trees_all_close(found, codec.decode(sent), rtol=1e-6)
-    assert int(state.count) == 3
+    assert int(state.steps) == 3
