@@ -81,7 +81,7 @@ def test_noise_for_half_the_claim_is_caught():
 @pytest.mark.slow
 @pytest.mark.parametrize("honest", list(benchmark.CASES))
 def test_every_mechanism_keeps_to_its_epsilon(honest):
-  # A run of DP-SGD trains, and this many are enough where its batches are fixed.
+  # A run of DP-SGD trains; so few are enough where its batches are fixed.
   runs = 16_000 if honest == "dp_sgd(noise_multiplier=2)" else 40_000
   epsilon = benchmark.claimed(honest, DELTA)
   kept = benchmark.measured(honest, runs, DELTA, 0.999)
