@@ -11,7 +11,6 @@ import argparse
 import collections
 from collections.abc import Iterator
 import gzip
-import itertools
 import json
 import pathlib
 import re
@@ -63,19 +62,13 @@ def seconds(folder: pathlib.Path) -> dict[str, float]:
 
 def macs(model: str) -> dict[str, tuple[float, float]]:
   """Layer -> products of a step, forward and of both gradients."""
-  architecture, side = federated_task.ARCHITECTURES[model], federated_task.SIDE
-  forward: dict[str, float] = {}
-  for i, (cin, cout, stride) in enumerate(architecture["convs"]):
-    side //= stride
-    forward[f"conv{i + 1}"] = side * side * 25 * cin * cout
-    side //= architecture["pool"]
-  for i, pair in enumerate(itertools.pairwise(architecture["dense"])):
-    forward[f"dense{i + 1}"] = pair[0] * pair[1]
   batch = federated_task.BATCH
   # Images need no gradient.
   return {
     name: (batch * count, batch * count * (1 if i == 0 else 2))
-    for i, (name, count) in enumerate(forward.items())
+    for i, (name, count) in enumerate(
+      federated_task.layer_products(model).items()
+    )
   }
 
 

@@ -69,17 +69,23 @@ def make(model: str, clients: int, seed: int = 0) -> Arrays:
   return task
 
 
+def layer_products(model: str) -> dict[str, int]:
+  """Layer -> multiply-adds of one image's forward pass."""
+  found, side = {}, SIDE
+  architecture = ARCHITECTURES[model]
+  for i, (cin, cout, stride) in enumerate(architecture["convs"]):
+    side //= stride
+    found[f"conv{i + 1}"] = side * side * 25 * cin * cout
+    side //= architecture["pool"]
+  for i, (a, b) in enumerate(itertools.pairwise(architecture["dense"])):
+    found[f"dense{i + 1}"] = a * b
+  return found
+
+
 def flops_per_client(model: str) -> float:
   """Floating-point operations of a client's epoch: products and sums of the
   layers' forward pass and both gradients; the images need none."""
-  macs, side = [], SIDE
-  architecture = ARCHITECTURES[model]
-  for cin, cout, stride in architecture["convs"]:
-    side //= stride
-    macs.append(side * side * 25 * cin * cout)
-    side //= architecture["pool"]
-  widths = architecture["dense"]
-  macs += [a * b for a, b in itertools.pairwise(widths)]
+  macs = list(layer_products(model).values())
   return 2.0 * EXAMPLES * (3 * sum(macs) - macs[0])
 
 

@@ -48,12 +48,13 @@ def text(
     f" {len(built.data.y_test):,} to test on, from {built.data.source}",
   ]
   for spec in config.defense:
-    codec = defenses.make(spec, built.template, built.protocol).codec
-    update = _update(config, built, spec)
+    # As it is for one tree: the setting's sends SCAFFOLD's variates, too.
+    defense = defenses.make(spec, built.template, built.protocol)
+    update = _update(config, built, defense)
     lines += [
       "",
       f"What a client sends under {spec}:",
-      precision.table(codec, update, jax.random.key(config.seed)),
+      precision.table(defense.codec, update, jax.random.key(config.seed)),
     ]
   if config.task == "train":
     lines += ["", *_costs(config, built, measure)]
@@ -64,9 +65,10 @@ def _flag(value: object) -> str:
   return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _update(config: Config, built: setting.Setting, spec: str) -> Update:
+def _update(
+  config: Config, built: setting.Setting, defense: defenses.Defense
+) -> Update:
   """The first client's update at the initial weights, behind the transform."""
-  defense = defenses.make(spec, built.template, built.protocol)
   client = federated.client(
     setting.training(config, built, defense),
     defense.transform,

@@ -35,6 +35,8 @@ _FAR = np.int32(2**20)
 # Arrays from this size on are reduced from so many slices, and in strips of at
 # most so many entries where two passes should find them in a core's cache.
 _LARGE, _SLICES, _STRIP = 2**20, 16, 8192
+# Shorter strips leave the inner loop no vectors to fill.
+_LEAST_STRIP = 64
 
 # What runs along a block: one axis, several, or all.
 Axis = int | tuple[int, ...] | None
@@ -87,7 +89,7 @@ def extremes(x: Array, axis: Axis = None) -> tuple[Array, Array]:
   Where an entry is not finite they are -2^126 and 2^126.
   """
   strip = _strip(x) if axis is None and _is_large(x) else 1
-  if strip > 1:
+  if strip >= _LEAST_STRIP:
     # Both ends as maxima in one loop, strip by strip: the second of the two
     # passes over a strip finds it in the cache.
     signs = jnp.array([-1.0, 1.0], jnp.float32)[:, None]
