@@ -40,7 +40,7 @@ def attack_all(
     defense -> attack -> knowledge -> summary, and the references of the
     attacked images.
   """
-  model = setting.model(config, built.data, _attack_conv())
+  model = setting.model(config, built.data, attack_conv())
   auxiliary = auxiliary_images(built, watched)
   summaries: dict[str, dict[str, Any]] = {}
   for spec in config.attack:
@@ -65,7 +65,7 @@ def attack_all(
         entry[knowledge] = _summarize(lines)
   seen: dict[tuple[str, int], np.ndarray] = {}
   for w in watched:
-    for row, image in zip(w.rows, _truth(built, w)[0], strict=True):
+    for row, image in zip(w.rows, truth(built, w)[0], strict=True):
       seen[w.split, int(row)] = image
   references = {}
   if seen:
@@ -199,7 +199,7 @@ def _known(
   return []
 
 
-def _attack_conv() -> str:
+def attack_conv() -> str:
   """Second derivatives are fastest as slices and products on a CPU."""
   return "slices" if jax.default_backend() == "cpu" else "xla"
 
@@ -214,14 +214,14 @@ def _pixels(built: setting.Setting, w: observations.Watched) -> np.ndarray:
   return np.asarray(x[w.rows])
 
 
-def _truth(
+def truth(
   built: setting.Setting, w: observations.Watched
 ) -> tuple[np.ndarray, np.ndarray]:
   y = built.data.y_train if w.split == "train" else built.data.y_test
   return _pixels(built, w).astype(np.float32) / 255.0, np.asarray(y[w.rows])
 
 
-def _observe(
+def observe(
   config: Config, w: observations.Watched, knowledge: str, labels
 ) -> Observation:
   codec = w.defense.codec
@@ -331,9 +331,9 @@ def _attack(
   watched: Sequence[observations.Watched],
   run_dir: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  truths = [_truth(built, w) for w in watched]
+  truths = [truth(built, w) for w in watched]
   seen = [
-    _observe(config, w, knowledge, y)
+    observe(config, w, knowledge, y)
     for w, (_, y) in zip(watched, truths, strict=True)
   ]
   batch = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)

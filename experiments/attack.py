@@ -29,29 +29,16 @@ def run(
     What `summary.json` holds.
   """
   begin = time.perf_counter()
-  params = built.model.init(setting.key(config, setting.WEIGHTS))
-  # The clients start from what the downlink's codec makes of the model; control
-  # variates, where there are any, are still zero.
-  params, variate, _ = federated.broadcast(
-    built.downlink,
-    params,
-    jax.tree.map(jnp.zeros_like, params)
-    if config.algorithm == "scaffold"
-    else (),
-    setting.key(config, setting.DOWNLINK),
-  )
-  sent = federated.Broadcast(
-    params, variate, jnp.float32(built.rates.client(0))
-  )
+  sent = broadcast(config, built)
   watched: list[observations.Watched] = []
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:
     start = time.perf_counter()
-    mine, lengths = _updates(config, built, defense, sent)
+    mine, lengths = updates(config, built, defense, sent)
     watched += mine
     entries[defense.spec] = {
       "test_accuracy": None,
-      "final_params_sha256": summary.params_sha256(params),
+      "final_params_sha256": summary.params_sha256(sent.params),
       "uplink_bytes_per_client": float(np.mean(lengths)),
       **summary.guarantee(defense, built.protocol.ledger, config.delta),
       "seconds": time.perf_counter() - start,
@@ -63,6 +50,24 @@ def run(
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
 
 
+def broadcast(config: Config, built: setting.Setting) -> federated.Broadcast:
+  """What the clients start from, at the initial weights."""
+  params = built.model.init(setting.key(config, setting.WEIGHTS))
+  # The clients start from what the downlink's codec makes of the model; control
+  # variates, where there are any, are still zero.
+  params, variate, _ = federated.broadcast(
+    built.downlink,
+    params,
+    jax.tree.map(jnp.zeros_like, params)
+    if config.algorithm == "scaffold"
+    else (),
+    setting.key(config, setting.DOWNLINK),
+  )
+  return federated.Broadcast(
+    params, variate, jnp.float32(built.rates.client(0))
+  )
+
+
 def attacked_shapes(
   config: Config, built: setting.Setting
 ) -> set[attacks.Work]:
@@ -72,7 +77,7 @@ def attacked_shapes(
   return {shape for shape in shapes if shape is not None}
 
 
-def _updates(
+def updates(
   config: Config,
   built: setting.Setting,
   defense: Defense,

@@ -23,7 +23,7 @@ from mpqfl_jax import (
 from mpqfl_jax import attacks as attacks_lib
 
 FLAGS_DIR = pathlib.Path(__file__).parent / "flags"
-TASKS = ("train", "attack", "study", "scaling")
+TASKS = ("train", "attack", "leakage", "study", "scaling")
 ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
 SAMPLINGS = ("uniform", "poisson")
 KNOWLEDGE = ("blind", "adaptive")
@@ -37,9 +37,10 @@ def _define() -> None:
     "train",
     TASKS,
     "train: a federated run, attacked where"
-    " --attack is set; attack: invert the updates of given images; study: a"
-    " grid of both, one table of claims; scaling: what a round costs against"
-    " the number of its clients.",
+    " --attack is set; attack: invert the updates of given images; leakage:"
+    " predict what that attack will reach, and find a policy that leaks least;"
+    " study: a grid of training and attacks, one table of claims; scaling: what"
+    " a round costs against the number of its clients.",
   )
   f.DEFINE_string("output_dir", "runs/default", "The run's folder.")
   f.DEFINE_bool("overwrite", False, "Replace the run that is in --output_dir.")
@@ -189,6 +190,21 @@ def _define() -> None:
   f.DEFINE_integer("attack_restarts", None, "Starting points.", 1)
   f.DEFINE_bool("labels_known", False, "Whether the attacker has the labels.")
 
+  f.DEFINE_integer(
+    "guard_bytes",
+    None,
+    "--task=leakage writes the policy of least predicted leakage in so many"
+    " bytes an update, everything included.",
+    1,
+  )
+  f.DEFINE_float(
+    "guard_error",
+    0.1,
+    "The largest squared error of its updates, over their squared norm.",
+    0.0,
+    1.0,
+  )
+
   f.DEFINE_string(
     "study_datasets", "mnist_sample", "Data sets of --task=study."
   )
@@ -281,6 +297,8 @@ class Config:
   attack_images: str
   attack_restarts: int | None
   labels_known: bool
+  guard_bytes: int | None
+  guard_error: float
   study_datasets: tuple[str, ...]
   study_seeds: tuple[int, ...]
   study_batches: tuple[int, ...]
@@ -433,6 +451,15 @@ def check(config: Config) -> None:
       raise errors.UserError(
         "--task=scaling attacks nothing. Expected no --attack."
       )
+  single = config.batch_size == 1 and config.local_steps in (None, 1)
+  if config.task == "leakage" and not (
+    single and config.local_epochs == 1 and config.algorithm == "fed_avg"
+  ):
+    raise errors.UserError(
+      "--task=leakage predicts updates of one image and one step. Expected"
+      " --batch_size=1, --local_epochs=1, no --local_steps and"
+      " --algorithm=fed_avg."
+    )
   if config.dry_run and config.task not in ("train", "attack"):
     raise errors.UserError(
       f"--dry_run with --task={config.task}, which consists of other runs."

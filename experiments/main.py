@@ -27,6 +27,7 @@ from experiments import (
   config,
   dry_run,
   folder,
+  leakage,
   scaling,
   setting,
   study,
@@ -37,10 +38,16 @@ from mpqfl_jax.report import html, tables
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page
 
-_TASKS = {"train": train.run, "attack": attack.run, "scaling": scaling.run}
+_TASKS = {
+  "train": train.run,
+  "attack": attack.run,
+  "leakage": leakage.run,
+  "scaling": scaling.run,
+}
 _SHAPES = {
   "train": train.attacked_shapes,
   "attack": attack.attacked_shapes,
+  "leakage": leakage.attacked_shapes,
   "scaling": train.attacked_shapes,
 }
 
@@ -146,6 +153,9 @@ def run(values: config.Config) -> pathlib.Path | None:
   run_dir = measure(values)
   if distributed.is_main():
     summary = json.loads((run_dir / "summary.json").read_text())
+    if values.task == "leakage":
+      print(leakage.markdown(summary))
+      return run_dir
     if values.task == "scaling":
       page = scaling_report.write(run_dir)
       table = scaling_report.markdown(summary["scaling"])
@@ -180,6 +190,8 @@ def measure(
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
   adversary.check(values, built, _SHAPES[values.task](values, built))
+  if values.task == "leakage":
+    leakage.check(values, built)
   run_dir = pathlib.Path(values.output_dir)
   if distributed.is_main():
     folder.create(

@@ -144,7 +144,7 @@ def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
   data = data or load_data(config)
   net = model(config, data, plan.conv)
   template = jax.eval_shape(net.init, jax.random.key(0))
-  if config.task == "attack":
+  if config.task in ("attack", "leakage"):
     clients = _one_client_an_update(config, data)
   else:
     clients = _population(config, data)

@@ -137,6 +137,10 @@ def _randomk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
   return sparsify.random(shape, ratio)
 
 
+def _withheld(shape: codecs.Shape) -> codecs.LeafCodec:
+  return choice.leaf(shape, choice.menu([choice.Option("none")]))
+
+
 # What a rule may name: name -> (what it is, constructor of a leaf's codec).
 LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "float32": ("the update as it is", codecs.float32),
@@ -164,6 +168,7 @@ LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "prune": ("zeroes the smallest magnitudes, Zhu et al. 2019", _prune),
   "topk": ("sends only the largest magnitudes, Aji and Heafield 2017", _topk),
   "randomk": ("sends random entries, unbiased, Konečný et al. 2016", _randomk),
+  "withheld": ("not sent: for the layers of a policy file", _withheld),
 }
 
 # The turns that layers take in `paper`, from the first layer on. A

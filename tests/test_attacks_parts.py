@@ -8,7 +8,7 @@ import scipy.fft
 import scipy.optimize
 import scipy.stats
 
-from mpqfl_jax import errors, models, transforms, types
+from mpqfl_jax import datasets, errors, models, transforms, types
 from mpqfl_jax.attacks import (
   coordinates,
   core,
@@ -322,6 +322,28 @@ def test_label_counts_of_batches():
     truth = np.bincount(y[0], minlength=10)
     right += np.minimum(counts, truth).sum()
   assert right >= 0.9 * 80
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_labels_where_a_defence_withholds_the_bias(batch):
+  data = datasets.load("mnist_sample", None)
+  model = models.make(
+    "lenet_zhu", data.x_train.shape[1:], 10, data.mean, data.std, "slices"
+  )
+  params = model.init(jax.random.key(0))
+  right = 0
+  for rows in np.arange(10 * batch).reshape(10, batch):
+    x = jnp.asarray(data.x_train[rows] / np.float32(255))
+    y = jnp.asarray(data.y_train[rows], jnp.int32)
+    update = core.simulate(model, params, x[None], y[None], 0.1)
+    update["dense1"]["bias"] = jnp.zeros(10)
+    observation = types.Observation(
+      params, update, None, None, jnp.float32(0.1)
+    )
+    found = labels.infer(model, observation, core.Work(1, batch))[0]
+    counts = np.bincount(found, minlength=10)
+    right += np.minimum(counts, np.bincount(y, minlength=10)).sum()
+  assert right >= 0.85 * 10 * batch
 
 
 def test_rounded_counts_are_the_nearest_with_that_sum():

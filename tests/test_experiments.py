@@ -323,7 +323,7 @@ def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
       lambda p: models.cross_entropy(built.model, p, x, y).mean()
     )(w.params)
     assert w.variates is not None and np.any(jax.tree.leaves(w.variates)[0])
-    got = adversary._observe(values, w, "adaptive", y)
+    got = adversary.observe(values, w, "adaptive", y)
     span = max(
       np.ptp(leaf)
       for leaf in jax.tree.leaves(defense.codec.decode(w_payload(w)))

@@ -57,14 +57,16 @@ def _get(tree, path: tuple):
 def scores(update: Update, classes: int) -> Array:
   """One number a class, [classes] float32, low where the class was present.
 
-  The bias entry where there is a bias; else the sum of the class's kernel
+  The bias entry where a bias was sent; else the sum of the class's kernel
   column, which has the same sign for activations that are never negative
   (Zhao et al. 2020, equation 4).
   """
   paths = head(update, classes)
-  if paths.bias is not None:
-    return _get(update, paths.bias)
-  return jnp.sum(_get(update, paths.kernel), 0)
+  columns = jnp.sum(_get(update, paths.kernel), 0)
+  if paths.bias is None:
+    return columns
+  bias = _get(update, paths.bias)
+  return jnp.where(jnp.any(bias != 0), bias, columns)
 
 
 def check(params: Params, model: Model, images: int) -> None:
@@ -94,7 +96,9 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   batch * (mean probability of c - gradient of c's bias); the probabilities are
   estimated by the model's answer to noise (as in LLG*, Wainakh et al. 2022,
   section 4.2) and the counts are rounded so that they sum to the number of
-  images, largest remainder first. Which image belongs to which step is not in
+  images, largest remainder first. Where a defence withholds the bias, the
+  columns of the kernel, over the sum of the features that noise has, take its
+  place. Which image belongs to which step is not in
   the update of several steps: labels go to the steps in ascending order.
 
   Args:
@@ -112,14 +116,37 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
     return jnp.argmin(score).astype(jnp.int32).reshape(1, 1)
   check(observation.params, model, images)
   noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
-  logits = model.apply(observation.params, noise * model.std + model.mean)
-  mean = jnp.mean(jax.nn.softmax(logits), 0)
-  gradient = score / (observation.learning_rate * work.steps * work.epochs)
+  noise = noise * model.std + model.mean
+  mean = jnp.mean(jax.nn.softmax(model.apply(observation.params, noise)), 0)
+  paths = head(observation.params, classes)
+  assert paths.bias is not None  # checked above
+  shown = jnp.any(_get(observation.update, paths.bias) != 0)
+  per_bias = jnp.where(
+    shown, 1.0, _features(model, observation.params, noise, paths.kernel)
+  )
+  gradient = score / (
+    per_bias * observation.learning_rate * work.steps * work.epochs
+  )
   counts = round_counts(images * (mean - gradient), images)
   labels = jnp.repeat(
     jnp.arange(classes, dtype=jnp.int32), counts, total_repeat_length=images
   )
   return work.batches(labels)
+
+
+def _features(model: Model, params: Params, x: Array, kernel: tuple) -> Array:
+  """Sum of the last layer's inputs, [], mean over images."""
+  # It is the gradient of a logit.
+
+  def logit(weights):
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [
+      weights if tuple(k.key for k in path) == kernel else leaf
+      for path, leaf in flat
+    ]
+    return jnp.mean(model.apply(jax.tree.unflatten(treedef, leaves), x)[:, 0])
+
+  return jnp.sum(jax.grad(logit)(_get(params, kernel))[:, 0])
 
 
 def round_counts(expected: Array, total: int) -> Array:

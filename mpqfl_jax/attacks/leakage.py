@@ -19,6 +19,8 @@ from mpqfl_jax import errors, trees
 from mpqfl_jax.attacks import coordinates, core
 from mpqfl_jax.types import Array, Model, Params
 
+# Coordinates of an image that are looked at, the others count as unseen.
+COMPONENTS = 800
 # Noise that every leaf has at least, relative to its root mean square: what the
 # arithmetic of the attack itself resolves.
 _RESOLUTION = 1e-4
@@ -29,7 +31,7 @@ class Sensitivity(NamedTuple):
 
   Attributes:
     leaves: names of the leaves, in the order of `jax.tree.leaves`.
-    grams: [leaves, k, k] float32, J^T J of each leaf's Jacobian with respect to
+    grams: [leaves, k, k] float64, J^T J of each leaf's Jacobian with respect to
       the k whitened coordinates of largest deviation.
     signal: [leaves], mean square of the update's entries.
     variance: [k], squared pixel error, summed over pixels, of a unit error in
@@ -53,7 +55,7 @@ def sensitivity(
   y: Array,
   learning_rate: float,
   auxiliary: np.ndarray,
-  components: int = 800,
+  components: int = COMPONENTS,
 ) -> list[Sensitivity]:
   """Jacobians of one-image, one-step updates, condensed.
 
@@ -96,20 +98,22 @@ def sensitivity(
     value, push = jax.linearize(update, jnp.zeros(components))
     jacobian = jax.lax.map(push, jnp.eye(components), batch_size=50)
     rows = [j.reshape(components, -1) for j in jax.tree.leaves(jacobian)]
-    grams = jnp.stack([row @ row.T for row in rows])
     signal = jnp.stack(
       [jnp.mean(jnp.square(leaf)) for leaf in jax.tree.leaves(value)]
     )
-    return grams, signal
+    return rows, signal
 
   names = tuple(trees.leaf_names(params))
   found = []
   for image, label in zip(x, y, strict=True):
-    grams, signal = condense(params, jnp.asarray(image), jnp.asarray(label))
+    rows, signal = condense(params, jnp.asarray(image), jnp.asarray(label))
+    # In float64: a leaf sent finely weighs so much that a float32 product's
+    # rounding would make the posterior's precision indefinite.
+    wide = [np.asarray(row, np.float64) for row in rows]
     found.append(
       Sensitivity(
         names,
-        np.asarray(grams),
+        np.stack([row @ row.T for row in wide]),
         np.asarray(signal),
         deviation[chosen] ** 2,
         float(np.sum(deviation[others] ** 2)),
@@ -141,7 +145,7 @@ def expected_psnr_db(
   for image, variance in zip(sensitivities, noise, strict=True):
     floor = _RESOLUTION**2 * image.signal + 1e-30
     weight = 1.0 / (np.asarray(variance, np.float64) + floor)
-    precision = np.tensordot(weight, image.grams.astype(np.float64), 1)
+    precision = np.tensordot(weight, image.grams, 1)
     precision[np.diag_indices_from(precision)] += 1.0
     factor, info = scipy.linalg.lapack.dpotrf(precision, lower=1)
     if info:
