@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart test test-slow lint typecheck bench-peers clean
+.PHONY: setup quickstart test test-slow lint typecheck docs bench-peers clean
 
 setup: $(STAMP)
 
@@ -51,5 +51,9 @@ bench-peers: $(PEER_ENVIRONMENTS)
 	  --disable-pip-version-check numpy $($*_packages)
 	touch $@
 
+# The pages as a site in site/, without a warning.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build site dist *.egg-info

@@ -56,6 +56,11 @@ def _define() -> None:
   f.DEFINE_integer(
     "checkpoint_every", 10, "Rounds between checkpoints; 0: at the end only.", 0
   )
+  f.DEFINE_string(
+    "writers",
+    "",
+    "Comma-separated, beside metrics.jsonl: tensorboard, wandb.",
+  )
   f.DEFINE_integer("seed", 0, "Everything random derives from it.", 0)
 
   f.DEFINE_string(
@@ -258,6 +263,7 @@ class Config:
   resume: bool
   dry_run: bool
   checkpoint_every: int
+  writers: tuple[str, ...]
   seed: int
   dataset: str
   data_dir: str | None
@@ -324,7 +330,13 @@ def from_flags(values: flags.FlagValues) -> Config:
 
 
 def _resolve(given: dict[str, Any]) -> Config:
-  for name in ("defense", "attack", "attack_knowledge", "study_datasets"):
+  for name in (
+    "defense",
+    "attack",
+    "attack_knowledge",
+    "study_datasets",
+    "writers",
+  ):
     given[name] = tuple(specs.split(given[name]))
   for name in (
     "attack_rounds",

@@ -34,6 +34,7 @@ _FREE = (
   "coordinator_address",
   "num_processes",
   "process_id",
+  "writers",
 )
 
 

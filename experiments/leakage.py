@@ -56,7 +56,6 @@ def run(
   x = np.concatenate([images for images, _ in truths])
   y = np.concatenate([labels for _, labels in truths])
   rate = config.client_lr
-  components = min(leakage.COMPONENTS, x[0].size)
   sensitivities = leakage.sensitivity(
     model,
     sent.params,
@@ -64,7 +63,6 @@ def run(
     jnp.asarray(y),
     rate,
     auxiliary,
-    components,
   )
   (run_dir / "leakage.jsonl").unlink(missing_ok=True)
   entries = {}

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -32,9 +33,11 @@ from experiments import (
   setting,
   study,
   train,
+  writers,
 )
+from experiments import help as help_page
 from mpqfl_jax import datasets, distributed, errors
-from mpqfl_jax.report import html, tables
+from mpqfl_jax.report import findings, html, records, tables
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page
 
@@ -72,7 +75,7 @@ def execute(argv: list[str]) -> int:
   """Runs the task on the devices that JAX has; see `main`."""
   try:
     if argv[1:2] == ["list"]:
-      print(catalogue.text(argv[2:]))
+      _page(catalogue.text(argv[2:]))
       return 0
     run(_config(argv))
   except (errors.UserError, KeyboardInterrupt) as e:
@@ -107,6 +110,13 @@ def _execute_together(argv: list[str]) -> int:
     traceback.print_exc()
     distributed.leave(group, 1, " ".join(f"{type(e).__name__}: {e}".split()))
   return 0
+
+
+def _page(text: str) -> None:
+  """Prints what may go into a pipe whose reader stops early, as head does."""
+  if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+  print(text)
 
 
 def _config(argv: list[str]) -> config.Config:
@@ -161,6 +171,8 @@ def run(values: config.Config) -> pathlib.Path | None:
       table = scaling_report.markdown(summary["scaling"])
     else:
       page, table = html.write(run_dir), tables.markdown(summary)
+      found = findings.headline(records.read(run_dir))
+      table = "\n".join((table.rstrip("\n"), "", *found))
     print(f"{table}\nThe report is {page}")
   return run_dir
 
@@ -190,6 +202,7 @@ def measure(
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
   adversary.check(values, built, _SHAPES[values.task](values, built))
+  writers.check(values.writers)
   if values.task == "leakage":
     leakage.check(values, built)
   run_dir = pathlib.Path(values.output_dir)
@@ -221,12 +234,15 @@ def measure(
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's parser, with its errors as one line and status 2."""
+  """absl's parser, with help of our own, and errors as one line, status 2."""
+  if help_page.wanted(argv):
+    _page(help_page.text(flags.FLAGS))
+    sys.exit(0)
   try:
     left = flags.FLAGS(argv)
   except flags.Error as e:
     text = " ".join(str(e).split())
-    print(f"error: {text} --helpshort lists the flags.", file=sys.stderr)
+    print(f"error: {text} --help lists the flags.", file=sys.stderr)
     sys.exit(2)
   # Libraries report every checkpoint at the level of information, which absl
   # sets after parsing where no other is given.

@@ -8,6 +8,7 @@ on with `--resume`, and one whose grid has grown runs what is new.
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import pathlib
@@ -28,7 +29,7 @@ from mpqfl_jax.report import claims, evidence, frontier
 # What has no influence on the results of a cell.
 _FREE = (
   *("output_dir", "overwrite", "resume", "data_dir", "checkpoint_every"),
-  "dry_run",
+  *("dry_run", "writers"),
   *("coordinator_address", "num_processes", "process_id"),
 )
 # What the task `attack` never reads.
@@ -196,6 +197,10 @@ def run(
         loaded = cell.config.dataset
         data = setting.load_data(cell.config)
       measure(cell.config, data)
+      # Programs of hundreds of cells would fill the process's address space;
+      # what the next cell shares is in the cache on disk.
+      jax.clear_caches()
+      gc.collect()
   results = collect(cells, encryption)
   written = write(run_dir, values, results)
   folder.write_json(

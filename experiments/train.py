@@ -11,7 +11,14 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import adversary, folder, observations, setting, summary
+from experiments import (
+  adversary,
+  folder,
+  observations,
+  setting,
+  summary,
+  writers,
+)
 from experiments.config import Config
 from mpqfl_jax import (
   accounting,
@@ -203,6 +210,7 @@ def _train(
   rounds_key = setting.key(config, setting.ROUNDS)
   round_fn, compile_seconds = None, 0.0
   begin = time.perf_counter()
+  outlets = writers.make(config, defense.spec, run_dir, done) if main else []
   bar = tqdm.tqdm(
     range(done + 1, config.rounds + 1),
     desc=defense.spec,
@@ -251,29 +259,29 @@ def _train(
     encryption = {}
     if aux.encrypted is not None:
       encryption = {"encryption": aux.encrypted.costs._asdict()}
-    folder.append_line(
-      run_dir / "metrics.jsonl",
-      {
-        "defense": defense.spec,
-        "round": round_number,
-        "train_loss": folder.number(
-          np.sum(weight * np.where(clients.accepted, clients.loss, 0))
-          / max(weight.sum(), 1)
-        ),
-        "test_loss": folder.number(test[0]),
-        "test_accuracy": folder.number(test[1]),
-        "uplink_bytes": int(sent),
-        "downlink_bytes": int(np.count_nonzero(cohort.size))
-        * int(aux.downlink_bytes),
-        "participants": int(clients.accepted.sum()),
-        "rejected": int((~clients.accepted & clients.arrived).sum()),
-        "epsilon": folder.number(epsilon),
-        "client_lr": float(built.rates.client(round_number - 1)),
-        "server_lr": float(built.rates.server(round_number - 1)),
-        "seconds": time.perf_counter() - start,
-        **encryption,
-      },
-    )
+    line = {
+      "defense": defense.spec,
+      "round": round_number,
+      "train_loss": folder.number(
+        np.sum(weight * np.where(clients.accepted, clients.loss, 0))
+        / max(weight.sum(), 1)
+      ),
+      "test_loss": folder.number(test[0]),
+      "test_accuracy": folder.number(test[1]),
+      "uplink_bytes": int(sent),
+      "downlink_bytes": int(np.count_nonzero(cohort.size))
+      * int(aux.downlink_bytes),
+      "participants": int(clients.accepted.sum()),
+      "rejected": int((~clients.accepted & clients.arrived).sum()),
+      "epsilon": folder.number(epsilon),
+      "client_lr": float(built.rates.client(round_number - 1)),
+      "server_lr": float(built.rates.server(round_number - 1)),
+      "seconds": time.perf_counter() - start,
+      **encryption,
+    }
+    folder.append_line(run_dir / "metrics.jsonl", line)
+    for outlet in outlets:
+      outlet.write(line)
     due = config.checkpoint_every and (
       round_number % config.checkpoint_every == 0
     )
@@ -307,6 +315,8 @@ def _train(
       )
     folder.write_json(finished, entry)
   store.remove()
+  for outlet in outlets:
+    outlet.close()
   return entry, kept
 
 

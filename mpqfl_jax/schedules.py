@@ -1,8 +1,9 @@
 """Learning rates as functions of the round: what a schedule's flag names.
 
->>> rate = make("cosine(warmup=2)", learning_rate=0.3, rounds=12)
->>> [round(float(rate(r)), 3) for r in (0, 1, 2, 7, 12)]
-[0.1, 0.2, 0.3, 0.15, 0.0]
+Examples:
+  >>> rate = make("cosine(warmup=2)", learning_rate=0.3, rounds=12)
+  >>> [round(float(rate(r)), 3) for r in (0, 1, 2, 7, 12)]
+  [0.1, 0.2, 0.3, 0.15, 0.0]
 """
 
 from collections.abc import Callable

@@ -55,7 +55,7 @@ def sensitivity(
   y: Array,
   learning_rate: float,
   auxiliary: np.ndarray,
-  components: int = COMPONENTS,
+  components: int | None = None,
 ) -> list[Sensitivity]:
   """Jacobians of one-image, one-step updates, condensed.
 
@@ -66,7 +66,7 @@ def sensitivity(
     y: [images] int32.
     learning_rate: the client's step size.
     auxiliary: [n, height, width, channels] uint8, images for the prior.
-    components: coordinates that are looked at.
+    components: coordinates that are looked at; at most 800 where None.
 
   Returns:
     One Sensitivity an image.
@@ -77,6 +77,8 @@ def sensitivity(
   """
   prior = coordinates.fitted(model, auxiliary)
   pixels = prior.deviation.size
+  if components is None:
+    components = min(COMPONENTS, pixels)
   if not 1 <= components <= pixels:
     raise errors.UserError(
       f"components={components}: expected 1 to the {pixels} values of an image."

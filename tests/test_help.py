@@ -1,0 +1,46 @@
+"""What `--help` prints."""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+
+from absl import flags
+from absl.testing import flagsaver
+import pytest
+
+from experiments import config
+from experiments import help as help_page
+
+
+def test_every_flag_is_in_one_group():
+  names = [name for group in help_page.GROUPS.values() for name in group]
+  assert len(set(names)) == len(names)
+  fields = {field.name for field in dataclasses.fields(config.Config)}
+  assert set(names) == fields | {"join_seconds"}
+
+
+def test_the_page_shows_every_flag_and_its_default():
+  text = help_page.text(flags.FLAGS)
+  assert "--batch_size [10]" in text and "--resume [false]" in text
+  assert max(map(len, text.splitlines())) < 80
+  for heading, names in help_page.GROUPS.items():
+    assert f"\n{heading}\n" in text
+    assert all(f"  --{name}" in text for name in names)
+
+
+@pytest.mark.parametrize("what, line", help_page.EXAMPLES)
+def test_the_examples_are_commands_that_parse(what, line):
+  with flagsaver.flagsaver():
+    flags.FLAGS(["main", *shlex.split(line)])
+    values = config.from_flags(flags.FLAGS)
+    assert values.task in config.TASKS
+
+
+def test_help_is_printed_and_may_be_cut_short():
+  command = f"{shlex.quote(sys.executable)} -m experiments.main --help"
+  done = subprocess.run(
+    ["bash", "-c", f"{command} | head -3"], capture_output=True, text=True
+  )
+  assert done.stdout.startswith("python -m experiments.main")
+  assert done.stderr == ""
