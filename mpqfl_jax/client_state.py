@@ -38,6 +38,8 @@ DEVICE_SHARE = 1 / 8
 HOST_BYTES = 2**31
 # States of a cohort that are on the device at a time.
 BLOCK_BYTES = 2**28
+# A program on a CPU keeps some 10 KB for every turn of a loop until it ends.
+BLOCK_CLIENTS = 4096
 
 
 class Place(NamedTuple):
@@ -70,9 +72,9 @@ def place(
     where: one of `WHERE`.
     client_state: of one client, or its shapes.
     num_clients: size of the population.
-    cohort_size: clients in a round. Where their states are too many, they go
-      through the device in blocks, wherever they are kept, so that results do
-      not depend on the place.
+    cohort_size: clients in a round. Where they or their states are too many,
+      they go through the device in blocks, wherever states are kept, so that
+      results do not depend on the place.
     together: how many clients the plan runs side by side on all devices; a
       block is a multiple of it.
     device_memory: bytes of the device, None where it does not say.
@@ -88,6 +90,7 @@ def place(
   )
   size = row * num_clients
   fit = BLOCK_BYTES // max(row, 1) // together * together
+  fit = min(fit, BLOCK_CLIENTS // together * together)
   block = min(cohort_size, max(fit, together))
   if where != "auto":
     return Place(where, size, "asked for", block)

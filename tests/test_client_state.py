@@ -165,19 +165,21 @@ def test_auto_picks_by_size(clients, memory, want):
 
 
 @pytest.mark.parametrize(
-  "cohort, together, want",
+  "row, cohort, together, want",
   [
-    (10, 1, 10),
-    (1_000_000, 1, 2**28 // 30),
-    (10_000_000, 24, 2**28 // 30 // 24 * 24),
-    (10_000_000, 9_000_000, 9_000_000),
+    (30, 10, 1, 10),
+    (2**20, 1_000, 1, 256),
+    (2**20, 1_000, 24, 240),
+    (30, 1_000_000, 1, 4096),
+    (30, 1_000_000, 24, 4080),
+    (30, 10_000_000, 9_000_000, 9_000_000),
+    (0, 1_000_000, 8, 4096),
   ],
 )
-def test_a_block_is_what_fits(cohort, together, want):
-  found = client_state.place("host", FIRST, 10**8, cohort, together)
-  assert found.block == min(want, cohort)
-  stateless = client_state.place("host", (), 10**8, cohort, together)
-  assert stateless.block >= min(cohort, together)
+def test_a_block_is_what_fits(row, cohort, together, want):
+  state = jax.ShapeDtypeStruct((row,), np.uint8)
+  found = client_state.place("host", state, 10**8, cohort, together)
+  assert found.block == want
 
 
 @pytest.mark.parametrize("name", ["device", "host", "disk"])

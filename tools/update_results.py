@@ -1,25 +1,52 @@
-"""Copies a finished run's small files to results/ and its table to README.md.
+"""Copies a finished run's small files to results/ and its table to the pages.
 
     python -m tools.update_results runs/quickstart
 
-No figure in the README is typed by hand: the table stands between two comments
-that name the run, and is written from its `summary.json`.
+No figure is typed by hand: a table stands between two comments that name the
+run, in the README or a page of docs/, and is written from the run's files.
 """
 
+from collections.abc import Callable
 import json
+import lzma
 import pathlib
 import shutil
 import sys
 
 from benchmarks import page
-from mpqfl_jax.report import tables
+from mpqfl_jax.report import scaling, study, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-KEPT = ("config.json", "summary.json", "metrics.jsonl", "attacks.jsonl")
+KEPT = (
+  *("config.json", "summary.json", "metrics.jsonl", "attacks.jsonl"),
+  *("scaling.jsonl", "study.jsonl", "training.jsonl", "evidence.json"),
+)
+# Larger files are compressed.
+MOST_BYTES = 1_000_000
+
+
+def _table(run_dir: pathlib.Path) -> str:
+  """What the run prints."""
+  summary = json.loads((run_dir / "summary.json").read_text())
+  by_task: dict[str, Callable[[], str]] = {
+    "study": lambda: study.markdown(run_dir),
+    "scaling": lambda: scaling.markdown(summary["scaling"]),
+  }
+  return by_task.get(summary["task"], lambda: tables.markdown(summary))()
+
+
+def _forget_data_dir(path: pathlib.Path) -> None:
+  """A folder of this machine is no part of a result."""
+  config = json.loads(path.read_text())
+  config["data_dir"] = None
+  config["command"] = [
+    word for word in config["command"] if not word.startswith("--data_dir")
+  ]
+  path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def update(run_dir: pathlib.Path, root: pathlib.Path = ROOT) -> None:
-  """Copies what is kept of a run and rewrites its table in the README.
+  """Copies what is kept of a run and rewrites its table in the pages.
 
   Args:
     run_dir: a finished run; its name is the name of the results.
@@ -28,14 +55,18 @@ def update(run_dir: pathlib.Path, root: pathlib.Path = ROOT) -> None:
   target = root / "results" / run_dir.name
   target.mkdir(parents=True, exist_ok=True)
   for name in KEPT:
-    if (run_dir / name).is_file():
-      shutil.copyfile(run_dir / name, target / name)
+    source = run_dir / name
+    if source.is_file() and source.stat().st_size <= MOST_BYTES:
+      shutil.copyfile(source, target / name)
+    elif source.is_file():
+      packed = lzma.compress(source.read_bytes())
+      (target / f"{name}.xz").write_bytes(packed)
+  _forget_data_dir(target / "config.json")
   for path in sorted((run_dir / "figures").glob("*.png")):
     shutil.copyfile(path, target / path.name)
-  readme = root / "README.md"
-  if f"<!-- {run_dir.name}: begin -->" in readme.read_text():
-    summary = json.loads((run_dir / "summary.json").read_text())
-    page.put(readme, run_dir.name, tables.markdown(summary))
+  for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    if f"<!-- {run_dir.name}: begin -->" in path.read_text():
+      page.put(path, run_dir.name, _table(run_dir))
 
 
 if __name__ == "__main__":
