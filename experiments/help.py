@@ -5,6 +5,8 @@ import textwrap
 
 from absl import flags
 
+from experiments.flag_definitions import GROUPS
+
 EXAMPLES = (
   (
     "train under three defences and attack the first round",
@@ -30,38 +32,6 @@ EXAMPLES = (
     "--flagfile=experiments/flags/quickstart.flags --dry_run",
   ),
 )
-
-GROUPS = {
-  "The run": (
-    *("task", "output_dir", "overwrite", "resume", "dry_run", "seed"),
-    *("checkpoint_every", "eval_every", "writers"),
-  ),
-  "Data and clients": (
-    *("dataset", "data_dir", "partition", "size_sigma", "dirichlet_alpha"),
-    *("num_clients", "client_examples", "cohort_size", "client_sampling"),
-    *("dropout", "straggler_deadline", "straggler_sigma"),
-  ),
-  "Training": (
-    *("model", "algorithm", "rounds", "local_epochs", "local_steps"),
-    *("batch_size", "client_lr", "client_lr_schedule", "prox_mu"),
-    *("server_optimizer", "server_lr", "server_lr_schedule", "aggregator"),
-  ),
-  "Defences": ("defense", "downlink", "delta", "client_state"),
-  "Attacks": (
-    *("attack", "attack_knowledge", "attack_rounds", "attack_clients"),
-    *("attack_images", "attack_restarts", "labels_known"),
-  ),
-  "The task leakage": ("guard_bytes", "guard_error"),
-  "The task study": (
-    *("study_datasets", "study_seeds", "study_batches", "study_local_steps"),
-    "study_encryption",
-  ),
-  "The task scaling": ("scaling_clients",),
-  "Devices and hosts": (
-    *("plan", "devices", "coordinator_address", "num_processes"),
-    *("process_id", "join_seconds"),
-  ),
-}
 
 _COMMAND = "python -m experiments.main"
 _WIDTH = 79

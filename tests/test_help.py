@@ -9,12 +9,12 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-from experiments import config
+from experiments import config, flag_definitions
 from experiments import help as help_page
 
 
 def test_every_flag_is_in_one_group():
-  names = [name for group in help_page.GROUPS.values() for name in group]
+  names = [name for group in flag_definitions.GROUPS.values() for name in group]
   assert len(set(names)) == len(names)
   fields = {field.name for field in dataclasses.fields(config.Config)}
   assert set(names) == fields | {"join_seconds"}
@@ -24,7 +24,7 @@ def test_the_page_shows_every_flag_and_its_default():
   text = help_page.text(flags.FLAGS)
   assert "--batch_size [10]" in text and "--resume [false]" in text
   assert max(map(len, text.splitlines())) < 80
-  for heading, names in help_page.GROUPS.items():
+  for heading, names in flag_definitions.GROUPS.items():
     assert f"\n{heading}\n" in text
     assert all(f"  --{name}" in text for name in names)
 
@@ -34,7 +34,7 @@ def test_the_examples_are_commands_that_parse(what, line):
   with flagsaver.flagsaver():
     flags.FLAGS(["main", *shlex.split(line)])
     values = config.from_flags(flags.FLAGS)
-    assert values.task in config.TASKS
+    assert values.task in flag_definitions.TASKS
 
 
 def test_help_is_printed_and_may_be_cut_short():
