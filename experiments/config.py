@@ -241,6 +241,10 @@ def check(config: Config) -> None:
       " --batch_size=1, --local_epochs=1, no --local_steps and"
       " --algorithm=fed_avg."
     )
+  if config.task == "leakage" and config.attack:
+    raise errors.UserError(
+      "--task=leakage predicts and attacks nothing. Expected no --attack."
+    )
   if config.dry_run and config.task not in ("train", "attack"):
     raise errors.UserError(
       f"--dry_run with --task={config.task}, which consists of other runs."

@@ -4,7 +4,6 @@ The updates of given images, one each, under every defence; and, where a byte
 limit is given, a policy file that leaks least within it.
 """
 
-from collections.abc import Sequence
 import pathlib
 import time
 from typing import Any
@@ -19,7 +18,7 @@ from experiments.config import Config
 from mpqfl_jax import errors, guard, metrics, precision
 from mpqfl_jax.attacks import core, leakage
 from mpqfl_jax.report import tables
-from mpqfl_jax.types import Params
+from mpqfl_jax.types import Model, Params, Update
 
 # Training images that a policy is searched for, and coordinates of an image
 # that the search looks at.
@@ -64,6 +63,7 @@ def run(
     rate,
     auxiliary,
   )
+  true = _updates(config, model, sent.params, x, y)
   (run_dir / "leakage.jsonl").unlink(missing_ok=True)
   entries = {}
   for spec, (watched, lengths) in by_defense.items():
@@ -75,6 +75,10 @@ def run(
         if o.bins is not None
       ]
     )
+    # An update that was scaled down before noise came to it shows as much as a
+    # whole one under more noise.
+    shares = [_share(u, o.clips) for u, o in zip(true, seen, strict=True)]
+    noise /= np.square(shares)[:, None]
     psnr = leakage.expected_psnr_db(sensitivities, noise)
     for w, value in zip(watched, psnr, strict=True):
       line = {
@@ -121,7 +125,7 @@ def check(config: Config, built: setting.Setting) -> None:
 def _guard(
   config: Config,
   built: setting.Setting,
-  model,
+  model: Model,
   params: Params,
   run_dir: pathlib.Path,
 ) -> dict[str, Any]:
@@ -143,12 +147,7 @@ def _guard(
     else np.asarray(data.x_train[: adversary.MAX_AUXILIARY]),
     min(_COMPONENTS, x[0].size),
   )
-  simulate = jax.jit(
-    lambda image, label: core.simulate(
-      model, params, image[None, None], label[None, None], rate
-    )
-  )
-  updates = [simulate(image, label) for image, label in zip(x, y, strict=True)]
+  updates = _updates(config, model, params, x, y)
   known = guard.tables(updates)
   with tqdm.tqdm(desc="policy", unit="step", disable=None) as bar:
 
@@ -180,6 +179,28 @@ def _guard(
   }
 
 
+def _updates(
+  config: Config, model: Model, params: Params, x, y
+) -> list[Update]:
+  """What clients of one image each want to send."""
+  simulate = jax.jit(
+    lambda image, label: core.simulate(
+      model, params, image[None, None], label[None, None], config.client_lr
+    )
+  )
+  pairs = zip(jnp.asarray(x), jnp.asarray(y), strict=True)
+  return [simulate(image, label) for image, label in pairs]
+
+
+def _share(update: Update, clips: jax.Array | None) -> float:
+  """To how much of itself a defence scales an update, in (0, 1]."""
+  if clips is None:
+    return 1.0
+  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(update)])
+  norms = np.array([np.abs(flat).sum(), np.linalg.norm(flat)])
+  return float(min(1.0, *(np.asarray(clips) / np.maximum(norms, 1e-30))))
+
+
 def markdown(found: dict[str, Any]) -> str:
   """The table of a run, from `summary.json`."""
   float32 = found["uplink_bytes_per_client_float32"]
@@ -207,11 +228,3 @@ def markdown(found: dict[str, Any]) -> str:
       f" --defense={policy['path']}."
     )
   return "\n".join(lines)
-
-
-def attacked_shapes(
-  config: Config, built: setting.Setting
-) -> Sequence[core.Work]:
-  """Nothing is attacked."""
-  del config, built
-  return ()

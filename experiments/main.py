@@ -10,6 +10,7 @@ from mpqfl_jax import host
 if __name__ == "__main__":
   host.restart()  # the allocator's settings, which go with a process
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ import pathlib
 import signal
 import sys
 import traceback
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 import jax
@@ -41,17 +43,31 @@ from mpqfl_jax.report import findings, html, records, tables
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page
 
+
+class _Task(NamedTuple):
+  """A task that is one run.
+
+  Attributes:
+    run: (config, built, run_dir) -> what `summary.json` holds.
+    check: (config, built) -> None; raises UserError, before the folder is made.
+  """
+
+  run: Callable[[config.Config, setting.Setting, pathlib.Path], dict[str, Any]]
+  check: Callable[[config.Config, setting.Setting], None]
+
+
+def _attackable(shapes: Callable) -> Callable:
+  """Refuses attacks that cannot do what they will be asked to."""
+  return lambda values, built: adversary.check(
+    values, built, shapes(values, built)
+  )
+
+
 _TASKS = {
-  "train": train.run,
-  "attack": attack.run,
-  "leakage": leakage.run,
-  "scaling": scaling.run,
-}
-_SHAPES = {
-  "train": train.attacked_shapes,
-  "attack": attack.attacked_shapes,
-  "leakage": leakage.attacked_shapes,
-  "scaling": train.attacked_shapes,
+  "train": _Task(train.run, _attackable(train.attacked_shapes)),
+  "attack": _Task(attack.run, _attackable(attack.attacked_shapes)),
+  "leakage": _Task(leakage.run, leakage.check),
+  "scaling": _Task(scaling.run, _attackable(train.attacked_shapes)),
 }
 
 
@@ -152,7 +168,7 @@ def run(values: config.Config) -> pathlib.Path | None:
   """
   if values.dry_run:
     built = setting.build(values)
-    adversary.check(values, built, _SHAPES[values.task](values, built))
+    _TASKS[values.task].check(values, built)
     print(dry_run.text(values, built, measure))
     return None
   if values.task == "study":
@@ -201,10 +217,8 @@ def measure(
   built = setting.build(values, data)
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
-  adversary.check(values, built, _SHAPES[values.task](values, built))
+  _TASKS[values.task].check(values, built)
   writers.check(values.writers)
-  if values.task == "leakage":
-    leakage.check(values, built)
   run_dir = pathlib.Path(values.output_dir)
   if distributed.is_main():
     folder.create(
@@ -227,7 +241,7 @@ def measure(
       values.overwrite,
       values.resume,
     )
-  summary = _TASKS[values.task](values, built, run_dir)
+  summary = _TASKS[values.task].run(values, built, run_dir)
   if distributed.is_main():
     folder.write_json(run_dir / "summary.json", summary)
   return run_dir

@@ -138,6 +138,7 @@ def test_the_task_finds_a_policy_that_leaks_less_than_uniform_int4(tmp_path):
   "changes, words",
   [
     ({"batch_size": 2}, "one image and one step"),
+    ({"batch_size": 1, "attack": ("dlg",)}, "Expected no --attack"),
     ({"batch_size": 1, "defense": ("he",)}, "nothing to predict"),
   ],
 )

@@ -1,0 +1,65 @@
+"""Predicted leakage beside what a study's attack reached, as a table.
+
+    python -m tools.compare_leakage results/study_laptop runs/leakage_mnist ...
+
+The folders after the study's are runs of `--task=leakage` on the images that it
+attacked, one a data set. The table goes to docs/attacks.md.
+"""
+
+from collections.abc import Iterator
+import json
+import lzma
+import pathlib
+import statistics
+import sys
+
+from benchmarks import page
+
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
+
+
+def reached(study: pathlib.Path) -> dict[tuple[str, str], float]:
+  """(data set, defence) -> median PSNR of `map` that knows the defence, dB."""
+  plain = study / "attacks.jsonl"
+  text = (
+    plain.read_text()
+    if plain.is_file()
+    else lzma.decompress((study / "attacks.jsonl.xz").read_bytes()).decode()
+  )
+  found: dict[tuple[str, str], list[float]] = {}
+  for line in map(json.loads, text.splitlines()):
+    who = (line["attack"], line["knowledge"], line["weights"])
+    if who == ("map", "adaptive", "initial") and line["batch_size"] == 1:
+      key = line["dataset"], line["defense"]
+      found.setdefault(key, []).append(line["psnr_db"])
+  return {key: statistics.median(values) for key, values in found.items()}
+
+
+def markdown(study: pathlib.Path, runs: list[pathlib.Path]) -> str:
+  """A line a defence, a pair of columns a data set."""
+  attacked = reached(study)
+  predicted = {}
+  for run in runs:
+    name = json.loads((run / "config.json").read_text())["dataset"]
+    predicted[name] = json.loads((run / "summary.json").read_text())["defenses"]
+  head = [
+    "Defence",
+    *(f"{name}: predicted / reached, dB" for name in predicted),
+  ]
+  lines = [head, [":--", *["--:"] * len(predicted)]]
+  lines += _rows(attacked, predicted)
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rows(attacked, predicted) -> Iterator[list[str]]:
+  for spec in next(iter(predicted.values())):
+    cells = []
+    for name, found in predicted.items():
+      value = found[spec]["psnr_db_predicted_median"]
+      cells.append(f"{value:.1f} / {attacked[name, spec]:.1f}")
+    yield [spec, *cells]
+
+
+if __name__ == "__main__":
+  folders = [pathlib.Path(word) for word in sys.argv[1:]]
+  page.put(PAGE, "leakage", markdown(folders[0], folders[1:]))
