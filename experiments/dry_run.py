@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import folder, setting
 from experiments.config import Config
-from mpqfl_jax import datasets, defenses, federated, precision
+from mpqfl_jax import columns, datasets, defenses, federated, precision
 from mpqfl_jax.types import Cohort, Examples, Update
 
 ROUNDS = 2
@@ -139,18 +139,11 @@ def _costs(
         f"{down:,.1f}",
       )
     )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   return [
     f"Costs of training, from {ROUNDS} rounds of each defence"
     " (attacks and the report come on top):",
-    *(
-      "  ".join(
-        cell.rjust(width) if i else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-      )
-      for row in rows
-    ),
+    *columns.aligned(rows),
     f"Peak memory of the process: {peak:,.0f} MB; on the device:"
     f" {_device_peak()}.",
     "Nothing was written.",

@@ -23,6 +23,7 @@ from mpqfl_jax import (
   budget,
   choice,
   codecs,
+  columns,
   entropy,
   errors,
   numerics,
@@ -421,15 +422,7 @@ def table(
     lines.append(
       (path, f"{count:,}", rule, f"{bits:.2f}", f"{size:,}", _db(energy, lost))
     )
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  left = (0, 2)
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if i in left else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-    ).rstrip()
-    for line in lines
-  )
+  return "\n".join(columns.aligned(lines, left=(0, 2)))
 
 
 def _db(energy: float, lost: float) -> str:
