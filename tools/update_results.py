@@ -25,14 +25,21 @@ KEPT = (
 MOST_BYTES = 1_000_000
 
 
-def _table(run_dir: pathlib.Path) -> str:
-  """What the run prints."""
+def _tables(run_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
+  """Name between the comments -> what stands there: what the run prints.
+
+  Of a study, `NAME claims` are the verdicts alone.
+  """
   summary = json.loads((run_dir / "summary.json").read_text())
-  by_task: dict[str, Callable[[], str]] = {
-    "study": lambda: study.markdown(run_dir),
-    "scaling": lambda: scaling.markdown(summary["scaling"]),
-  }
-  return by_task.get(summary["task"], lambda: tables.markdown(summary))()
+  name = run_dir.name
+  if summary["task"] == "study":
+    return {
+      name: lambda: study.markdown(run_dir),
+      f"{name} claims": lambda: study.claims_markdown(study.read(run_dir)),
+    }
+  if summary["task"] == "scaling":
+    return {name: lambda: scaling.markdown(summary["scaling"])}
+  return {name: lambda: tables.markdown(summary)}
 
 
 def _forget_data_dir(path: pathlib.Path) -> None:
@@ -65,8 +72,9 @@ def update(run_dir: pathlib.Path, root: pathlib.Path = ROOT) -> None:
   for path in sorted((run_dir / "figures").glob("*.png")):
     shutil.copyfile(path, target / path.name)
   for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
-    if f"<!-- {run_dir.name}: begin -->" in path.read_text():
-      page.put(path, run_dir.name, _table(run_dir))
+    for name, text in _tables(run_dir).items():
+      if f"<!-- {name}: begin -->" in path.read_text():
+        page.put(path, name, text())
 
 
 if __name__ == "__main__":

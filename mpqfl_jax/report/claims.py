@@ -358,9 +358,9 @@ def encryption_grows(results: Results) -> Claim:
         ("key traffic", "key_bytes"),
       )
     }
-    text = f"from {mine[0]['clients']} to {mine[-1]['clients']} clients,"
+    text = f"from {mine[0]['clients']} to {mine[-1]['clients']} clients, "
     text += " and ".join(
-      f" {what} grows as their number to the power {s.value:.2f}"
+      f"{what} grows as their number to the power {s.value:.2f}"
       for what, s in slopes.items()
     )
     lows = [s.low for s in slopes.values() if s.low is not None]

@@ -102,11 +102,7 @@ def read(run_dir: str | pathlib.Path) -> Study:
 def markdown(run_dir: str | pathlib.Path) -> str:
   """The claims and the defences of a study as Markdown tables."""
   study = read(run_dir)
-  judged = claims.judge(study.results, [frontier.mixing_helps])
-  lines = ["| Claim | Verdict | Figure |", "| :-- | :-- | --: |"]
-  lines += [
-    f"| ({c.key}) {c.statement} | {c.verdict} | {figure(c)} |" for c in judged
-  ]
+  lines = [claims_markdown(study).rstrip("\n")]
   for table in _tables(study):
     lines += [
       "",
@@ -124,6 +120,16 @@ def markdown(run_dir: str | pathlib.Path) -> str:
       f"| _{name}_ | | | {psnr} | {psnr} | | no attack |"
       for name, psnr, _ in table.references
     ]
+  return "\n".join(lines) + "\n"
+
+
+def claims_markdown(study: Study) -> str:
+  """The verdicts alone."""
+  judged = claims.judge(study.results, [frontier.mixing_helps])
+  lines = ["| Claim | Verdict | Figure |", "| :-- | :-- | --: |"]
+  lines += [
+    f"| ({c.key}) {c.statement} | {c.verdict} | {figure(c)} |" for c in judged
+  ]
   return "\n".join(lines) + "\n"
 
 
