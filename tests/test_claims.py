@@ -299,6 +299,31 @@ def test_mixing_against_the_best_uniform_code(
     assert claim.value == pytest.approx(shift)
 
 
+@pytest.mark.parametrize(
+  "lost, verdict",
+  [
+    ([0.5, 0.6, 0.7], "holds"),
+    ([1.0, 1.2, 1.9], "open"),  # more than a point, but not for sure
+    ([2.0, 2.1, 2.2], "fails"),
+  ],
+)
+def test_what_mixing_hides_for_accuracy_does_not_count(lost, verdict):
+  mixed = "experiments/policies/noisy_front.toml"
+  before = [0.9, 0.91, 0.92]
+  after = [b - points / 100 for b, points in zip(before, lost, strict=True)]
+  (row,) = frontier.ablation(
+    results(
+      [trained("int2", before), trained(mixed, after)],
+      [
+        attacked("int2", UNIFORM, knowledge="adaptive"),
+        attacked(mixed, UNIFORM - 3, knowledge="adaptive"),
+      ],
+    )
+  )
+  assert row.verdict == verdict and row.uniform == "int2"
+  assert f"costs {np.mean(lost):.1f} points" in row.words
+
+
 def test_the_best_uniform_code_is_the_one_that_hides_most():
   rows = frontier.ablation(
     results(

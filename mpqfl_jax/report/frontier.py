@@ -63,7 +63,8 @@ class Ablation(NamedTuple):
     gain: how many dB less the policy gives away than `uniform`.
     sign_test_p: of the gain.
     images: how many.
-    verdict: `holds` where it hides more, `fails` where by less than half a dB.
+    verdict: `holds` where it hides more for a point of accuracy or less, `fails`
+      where it surely hides less than half a dB more, or costs more.
     words: what was found.
   """
 
@@ -206,13 +207,13 @@ def _ablate(
     if top is None or gap is None or other > SAME_BYTES * size:
       continue
     if gap[0].value >= -claims.MINIMAL_POINTS:
-      rivals.append((top.median.value, name, top, other))
+      rivals.append((top.median.value, name, top, other, gap[0]))
   if not rivals:
     return told(
       claims.OPEN,
       "No uniform code of no more bytes and no less accuracy was attacked.",
     )
-  _, name, top, _ = min(rivals)
+  _, name, top, _, cost = min(rivals, key=lambda rival: rival[:2])
   found = evidence.paired_gain(own.lines, top.lines)
   if found is None:
     return told(claims.OPEN, f"Other images than under {name}.", name)
@@ -221,12 +222,19 @@ def _ablate(
     f"{_signed(gain.value)} dB against {name} on {images} images (sign test"
     f" p = {p:.2g})."
   )
-  near = max(other for *_, other in rivals) >= NEAR_BYTES * size
+  if cost.value > 0:
+    text += f" It costs {cost.value:.1f} points more accuracy."
+  near = max(other for _, _, _, other, _ in rivals) >= NEAR_BYTES * size
   if gain.low is None or gain.high is None:
     verdict = claims.OPEN
     text += " One image is not enough."
-  elif gain.high < MARGIN_DB:
+  elif gain.high < MARGIN_DB or (
+    cost.low is not None and cost.low > claims.MINIMAL_POINTS
+  ):
     verdict = claims.FAILS
+  elif cost.value > claims.MINIMAL_POINTS:
+    verdict = claims.OPEN
+    text += f" That is more than {claims.MINIMAL_POINTS:g} point."
   elif gain.low > 0 and p < 0.05 and near:
     verdict = claims.HOLDS
     if gain.low < GOAL_DB:
