@@ -63,8 +63,8 @@ class Ablation(NamedTuple):
     gain: how many dB less the policy gives away than `uniform`.
     sign_test_p: of the gain.
     images: how many.
-    verdict: `holds` where it hides more for a point of accuracy or less, `fails`
-      where it surely hides less than half a dB more, or costs more.
+    verdict: `holds` where it hides more for a point of accuracy or less,
+      `fails` where it surely hides less than half a dB more, or costs more.
     words: what was found.
   """
 
