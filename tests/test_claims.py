@@ -321,7 +321,7 @@ def test_what_mixing_hides_for_accuracy_does_not_count(lost, verdict):
     )
   )
   assert row.verdict == verdict and row.uniform == "int2"
-  assert f"costs {np.mean(lost):.1f} points" in row.words
+  assert f"costs {np.mean(lost):.2f} points" in row.words
 
 
 def test_the_best_uniform_code_is_the_one_that_hides_most():

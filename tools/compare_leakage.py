@@ -2,8 +2,8 @@
 
     python -m tools.compare_leakage results/study_laptop runs/leakage_mnist ...
 
-The folders after the study's are runs of `--task=leakage` on the images that it
-attacked, one a data set. The table goes to docs/attacks.md.
+The folders after the study's are runs of `--task=leakage` on images that it
+attacked, one a data set; only these count. The table goes to docs/attacks.md.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,15 @@ from benchmarks import page
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
 
 
-def reached(study: pathlib.Path) -> dict[tuple[str, str], float]:
-  """(data set, defence) -> median PSNR of `map` that knows the defence, dB."""
+def reached(
+  study: pathlib.Path, images: dict[str, set[str]]
+) -> dict[tuple[str, str], float]:
+  """(data set, defence) -> median PSNR of `map` that knows the defence, dB.
+
+  Args:
+    study: its folder.
+    images: data set -> those that count.
+  """
   plain = study / "attacks.jsonl"
   text = (
     plain.read_text()
@@ -29,7 +36,8 @@ def reached(study: pathlib.Path) -> dict[tuple[str, str], float]:
   found: dict[tuple[str, str], list[float]] = {}
   for line in map(json.loads, text.splitlines()):
     who = (line["attack"], line["knowledge"], line["weights"])
-    if who == ("map", "adaptive", "initial") and line["batch_size"] == 1:
+    mine = line["image"] in images.get(line["dataset"], ())
+    if mine and who == ("map", "adaptive", "initial"):
       key = line["dataset"], line["defense"]
       found.setdefault(key, []).append(line["psnr_db"])
   return {key: statistics.median(values) for key, values in found.items()}
@@ -37,18 +45,20 @@ def reached(study: pathlib.Path) -> dict[tuple[str, str], float]:
 
 def markdown(study: pathlib.Path, runs: list[pathlib.Path]) -> str:
   """A line a defence, a pair of columns a data set."""
-  attacked = reached(study)
-  predicted = {}
+  predicted, images = {}, {}
   for run in runs:
     name = json.loads((run / "config.json").read_text())["dataset"]
     predicted[name] = json.loads((run / "summary.json").read_text())["defenses"]
+    lines = (run / "leakage.jsonl").read_text().splitlines()
+    images[name] = {json.loads(line)["image"] for line in lines}
+  attacked = reached(study, images)
   head = [
     "Defence",
     *(f"{name}: predicted / reached, dB" for name in predicted),
   ]
-  lines = [head, [":--", *["--:"] * len(predicted)]]
-  lines += _rows(attacked, predicted)
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  rows = [head, [":--", *["--:"] * len(predicted)]]
+  rows += _rows(attacked, predicted)
+  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _rows(attacked, predicted) -> Iterator[list[str]]:

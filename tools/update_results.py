@@ -70,7 +70,8 @@ def update(run_dir: pathlib.Path, root: pathlib.Path = ROOT) -> None:
       (target / f"{name}.xz").write_bytes(packed)
   _forget_data_dir(target / "config.json")
   for path in sorted((run_dir / "figures").glob("*.png")):
-    shutil.copyfile(path, target / path.name)
+    if "_blind_" not in path.name:  # the walls of a study are large
+      shutil.copyfile(path, target / path.name)
   for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
     for name, text in _tables(run_dir).items():
       if f"<!-- {name}: begin -->" in path.read_text():

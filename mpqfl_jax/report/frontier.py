@@ -223,7 +223,7 @@ def _ablate(
     f" p = {p:.2g})."
   )
   if cost.value > 0:
-    text += f" It costs {cost.value:.1f} points more accuracy."
+    text += f" It costs {cost.value:.2f} points more accuracy."
   near = max(other for _, _, _, other, _ in rivals) >= NEAR_BYTES * size
   if gain.low is None or gain.high is None:
     verdict = claims.OPEN
