@@ -139,13 +139,23 @@ def check(
 def auxiliary_images(
   built: setting.Setting, watched: Sequence[observations.Watched]
 ) -> np.ndarray:
+  """As `images_beside`, the watched updates' images left out."""
+  return images_beside(
+    built.data.x_train, [x for w in watched for x in _pixels(built, w)]
+  )
+
+
+def images_beside(x: np.ndarray, left_out: Iterable[np.ndarray]) -> np.ndarray:
   """Training images, none of which is an attacked one, for an attack's prior.
+
+  Args:
+    x: [n, height, width, channels] uint8, the training split.
+    left_out: images of it or of others.
 
   Returns:
     [at most MAX_AUXILIARY, height, width, channels] uint8.
   """
-  x = built.data.x_train
-  attacked = {w_x.tobytes() for w in watched for w_x in _pixels(built, w)}
+  attacked = {image.tobytes() for image in left_out}
   # By content, because data sets hold some images twice.
   first = x[: MAX_AUXILIARY + len(attacked)]
   free = [i for i, image in enumerate(first) if image.tobytes() not in attacked]

@@ -8,14 +8,13 @@ from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
-import resource
 import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import folder, setting
+from experiments import folder, setting, summary
 from experiments.config import Config
 from mpqfl_jax import columns, datasets, defenses, federated, precision
 from mpqfl_jax.types import Cohort, Examples, Update
@@ -109,7 +108,7 @@ def _costs(
     )
     run_dir = measure(trial, built.data)
     rounds = folder.read_lines(run_dir / "metrics.jsonl")
-    summary = json.loads((run_dir / "summary.json").read_text())
+    found = json.loads((run_dir / "summary.json").read_text())
   rows = [
     (
       "defence",
@@ -121,7 +120,7 @@ def _costs(
       "downlink, MB",
     )
   ]
-  for spec, entry in summary["defenses"].items():
+  for spec, entry in found["defenses"].items():
     mine = [line for line in rounds if line["defense"] == spec]
     seconds = mine[-1]["seconds"]
     up, down = (
@@ -139,7 +138,7 @@ def _costs(
         f"{down:,.1f}",
       )
     )
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  peak = summary.peak_rss_mb()
   return [
     f"Costs of training, from {ROUNDS} rounds of each defence"
     " (attacks and the report come on top):",

@@ -39,8 +39,8 @@ _WIDTH = 79
 
 def wanted(argv: list[str]) -> bool:
   """Whether the command line asks for help (`--helpfull` is absl's own)."""
-  asks = ("-h", "-help", "--help", "-helpshort", "--helpshort", "help")
-  return any(word in asks for word in argv[1:])
+  asks = ("-h", "-help", "--help", "-helpshort", "--helpshort")
+  return argv[1:2] == ["help"] or any(word in asks for word in argv[1:])
 
 
 def text(values: flags.FlagValues) -> str:

@@ -16,7 +16,7 @@ import tqdm
 from experiments import adversary, attack, folder, setting, summary
 from experiments.config import Config
 from mpqfl_jax import errors, guard, metrics, precision
-from mpqfl_jax.attacks import core, leakage
+from mpqfl_jax.attacks import core, leakage, objectives
 from mpqfl_jax.report import tables
 from mpqfl_jax.types import Model, Params, Update
 
@@ -54,13 +54,12 @@ def run(
   truths = [adversary.truth(built, w) for w in first]
   x = np.concatenate([images for images, _ in truths])
   y = np.concatenate([labels for _, labels in truths])
-  rate = config.client_lr
   sensitivities = leakage.sensitivity(
     model,
     sent.params,
     jnp.asarray(x),
     jnp.asarray(y),
-    rate,
+    config.client_lr,
     auxiliary,
   )
   true = _updates(config, model, sent.params, x, y)
@@ -77,7 +76,11 @@ def run(
     )
     # An update that was scaled down before noise came to it shows as much as a
     # whole one under more noise.
-    shares = [_share(u, o.clips) for u, o in zip(true, seen, strict=True)]
+    shares = [
+      objectives.clipped_share(u, o.clips)
+      for u, o in zip(true, seen, strict=True)
+      if o.clips is not None
+    ]
     noise /= np.square(shares)[:, None]
     psnr = leakage.expected_psnr_db(sensitivities, noise)
     for w, value in zip(watched, psnr, strict=True):
@@ -135,16 +138,13 @@ def _guard(
   rows = np.linspace(0, len(data.y_train) - 1, _IMAGES).astype(int)
   x = jnp.asarray(data.x_train[rows], jnp.float32) / 255
   y = jnp.asarray(data.y_train[rows], jnp.int32)
-  rate = config.client_lr
   sensitivities = leakage.sensitivity(
     model,
     params,
     x,
     y,
-    rate,
-    np.delete(data.x_train[: adversary.MAX_AUXILIARY], rows, axis=0)
-    if rows[-1] < adversary.MAX_AUXILIARY
-    else np.asarray(data.x_train[: adversary.MAX_AUXILIARY]),
+    config.client_lr,
+    adversary.images_beside(data.x_train, data.x_train[rows]),
     min(_COMPONENTS, x[0].size),
   )
   updates = _updates(config, model, params, x, y)
@@ -190,15 +190,6 @@ def _updates(
   )
   pairs = zip(jnp.asarray(x), jnp.asarray(y), strict=True)
   return [simulate(image, label) for image, label in pairs]
-
-
-def _share(update: Update, clips: jax.Array | None) -> float:
-  """To how much of itself a defence scales an update, in (0, 1]."""
-  if clips is None:
-    return 1.0
-  flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(update)])
-  norms = np.array([np.abs(flat).sum(), np.linalg.norm(flat)])
-  return float(min(1.0, *(np.asarray(clips) / np.maximum(norms, 1e-30))))
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -89,8 +89,8 @@ def place(
     for leaf in jax.tree.leaves(client_state)
   )
   size = row * num_clients
-  fit = BLOCK_BYTES // max(row, 1) // together * together
-  fit = min(fit, BLOCK_CLIENTS // together * together)
+  clients = min(BLOCK_BYTES // max(row, 1), BLOCK_CLIENTS)
+  fit = clients // together * together
   block = min(cohort_size, max(fit, together))
   if where != "auto":
     return Place(where, size, "asked for", block)

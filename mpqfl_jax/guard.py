@@ -86,10 +86,10 @@ def tables(updates: Sequence[Update], rounding: str = "nearest") -> Tables:
     # Squares of the largest entry would leave float32 for tiny gradients.
     peak = max(float(jnp.max(jnp.abs(x))) for x in leaves) or 1.0
     scaled = [jnp.asarray(x) / peak for x in leaves]
-    error.append([np.asarray(errors_of(x), np.float64) for x in scaled])
-    energy.append([float(jnp.sum(x * x)) for x in scaled])
-    error[-1] = [e * peak**2 for e in error[-1]]
-    energy[-1] = [e * peak**2 for e in energy[-1]]
+    error.append(
+      [peak**2 * np.asarray(errors_of(x), np.float64) for x in scaled]
+    )
+    energy.append([peak**2 * float(jnp.sum(x * x)) for x in scaled])
   return Tables(
     menu,
     np.array(error),

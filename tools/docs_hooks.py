@@ -55,10 +55,12 @@ def _linked(markdown: str, folder: str) -> str:
     path = posixpath.normpath(posixpath.join(folder, target))
     if path in PAGES:
       path = PAGES[path]
-    elif path == EXAMPLES or path.startswith(f"{EXAMPLES}/"):
-      path, anchor = EXAMPLES_PAGE, f"#{posixpath.basename(path)}"
-      anchor = "" if path == EXAMPLES or anchor == "#examples" else anchor
-      anchor = anchor.replace(".py", "py").lower()
+    elif path == EXAMPLES:
+      path = EXAMPLES_PAGE
+    elif path.startswith(f"{EXAMPLES}/"):
+      # The heading of a script is its name, without the dot in an anchor.
+      script = posixpath.basename(path).replace(".", "")
+      path, anchor = EXAMPLES_PAGE, f"#{script}"
     elif path.startswith("docs/"):
       path = path.removeprefix("docs/")
     elif path.endswith(".md"):

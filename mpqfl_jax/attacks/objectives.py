@@ -22,14 +22,23 @@ def as_sent(simulated: Update, observation: Observation) -> Update:
   """The simulated update after the clipping that the adversary knows of."""
   if observation.clips is None:
     return simulated
-  limits = observation.clips
+  return trees.scale(clipped_share(simulated, observation.clips), simulated)
+
+
+def clipped_share(update: Update, clips: Array) -> Array:
+  """To how much of itself clipping scales an update, [] float32 in (0, 1].
+
+  Args:
+    update: before clipping.
+    clips: as in `Observation`.
+  """
   # Smooth at zero, and away from it equal to the norms.
-  l1 = trees.l1_norm(simulated) + 1e-20
-  l2 = jnp.sqrt(trees.squared_norm(simulated) + 1e-30)
+  l1 = trees.l1_norm(update) + 1e-20
+  l2 = jnp.sqrt(trees.squared_norm(update) + 1e-30)
   # An infinite limit, divided, would make the gradient NaN.
-  share = jnp.where(jnp.isfinite(limits), limits, 0.0) / jnp.stack([l1, l2])
-  share = jnp.where(jnp.isfinite(limits), share, 1.0)
-  return trees.scale(jnp.minimum(1.0, jnp.min(share)), simulated)
+  share = jnp.where(jnp.isfinite(clips), clips, 0.0) / jnp.stack([l1, l2])
+  share = jnp.where(jnp.isfinite(clips), share, 1.0)
+  return jnp.minimum(1.0, jnp.min(share))
 
 
 def residual(simulated: Update, observation: Observation) -> Update:
