@@ -232,12 +232,23 @@ def truth(
 
 
 def observe(
-  config: Config, w: observations.Watched, knowledge: str, labels
+  config: Config,
+  w: observations.Watched,
+  knowledge: str,
+  labels: np.ndarray,
 ) -> Observation:
+  """What the attacker sees of an update, by what it knows.
+
+  Args:
+    config: the run's.
+    w: what the server kept.
+    knowledge: `blind` or `adaptive`.
+    labels: the true ones, given away where the config says so.
+  """
   codec = w.defense.codec
   payload = codec.unpack(w.message)
   update = codec.decode(payload)
-  bins = clips = None
+  bins = clips = mixing = None
   if knowledge == "adaptive":
     work = w.shape
     bins = defenses.bins(
@@ -247,6 +258,7 @@ def observe(
       work.steps * work.epochs,
       work.batch,
     )
+    mixing = None if w.mixing is None else jnp.asarray(w.mixing)
     clips = defenses.clips(w.defense, w.learning_rate, work.single)
   if w.variates is not None:
     update, bins = without_drift(w, update, bins)
@@ -256,9 +268,12 @@ def observe(
     params=w.params,
     update=update,
     bins=bins,
-    labels=labels.reshape(w.shape[:2]) if config.labels_known else None,
+    labels=jnp.asarray(labels.reshape(w.shape[:2]))
+    if config.labels_known
+    else None,
     learning_rate=jnp.float32(w.learning_rate),
     clips=clips,
+    mixing=mixing,
   )
 
 

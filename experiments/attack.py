@@ -147,6 +147,7 @@ def updates(
         variates=jax.device_get((sent.variate, state.variate))
         if client_side.scaffold
         else None,
+        mixing=observations.mixing(defense, key, client, shape),
       )
     )
   return kept, lengths

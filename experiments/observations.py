@@ -33,6 +33,8 @@ class Watched(NamedTuple):
     variates: the server's control variate, as the client got it, and the
       client's own before the round, which is the sum of what it has sent; None
       outside SCAFFOLD.
+    mixing: [epochs * steps], see `Observation.mixing`; None where the client
+      mixed nothing.
   """
 
   defense: Defense
@@ -45,6 +47,7 @@ class Watched(NamedTuple):
   shape: attacks.Work
   learning_rate: float
   variates: tuple[Params, Params] | None
+  mixing: np.ndarray | None = None
 
 
 def message(defense: Defense, seen: encrypted.Seen) -> bytes:
@@ -90,11 +93,27 @@ def visited(
   return np.asarray(rows)[np.asarray(mask) > 0][: shape.images]
 
 
+def mixing(
+  defense: Defense, round_key, client: int, shape: attacks.Work
+) -> np.ndarray | None:
+  """With what weights a client mixed its batches, None where it did not."""
+  if defense.mixup is None:
+    return None
+  batches = federated.client_keys(round_key, client).batches
+  steps = shape.steps * shape.epochs
+  return np.asarray(defense.mixup.weights(batches, steps))
+
+
 def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
   """Writes what the server keeps to `observations/`, a file an update."""
   for w in watched:
     buffer = io.BytesIO()
     leaves = jax.tree.leaves(w.params)
+    named = {f"param_{i}": leaf for i, leaf in enumerate(leaves)}
+    for i, leaf in enumerate(jax.tree.leaves(w.variates)):
+      named[f"variate_{i}"] = leaf
+    if w.mixing is not None:
+      named["mixing"] = w.mixing
     np.savez(
       buffer,
       message=np.frombuffer(w.message, np.uint8),
@@ -102,11 +121,7 @@ def store(run_dir: pathlib.Path, watched: Sequence[Watched]) -> None:
       shape=np.array(w.shape),
       split=w.split,
       learning_rate=w.learning_rate,
-      **{f"param_{i}": leaf for i, leaf in enumerate(leaves)},
-      **{
-        f"variate_{i}": leaf
-        for i, leaf in enumerate(jax.tree.leaves(w.variates))
-      },
+      **named,
     )
     folder.write_atomically(_place(run_dir, w), buffer.getvalue())
 
@@ -163,6 +178,7 @@ def load(
           )
           if halves
           else None,
+          file.get("mixing"),
         )
       )
   return sorted(found, key=lambda w: (w.round, len(w.rows), w.client))

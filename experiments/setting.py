@@ -18,7 +18,6 @@ from mpqfl_jax import (
   codecs,
   datasets,
   defenses,
-  dp_sgd,
   encrypted,
   engine,
   errors,
@@ -183,7 +182,7 @@ def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
         config,
         plan,
         mesh,
-        client(config, _training(config, net, schedule, defense.sgd), defense),
+        client(config, _training(config, net, schedule, defense), defense),
         template,
       )
       for defense in built
@@ -206,15 +205,16 @@ def _training(
   config: Config,
   net: Model,
   schedule: local.Schedule,
-  private: dp_sgd.Settings | None = None,
+  defense: defenses.Defense | None = None,
 ) -> local.LocalTraining:
-  """What a client computes, by DP-SGD where its settings are given."""
+  """What a client computes, by the defence's own gradient where it has one."""
   if config.algorithm == "fed_sgd":
     return local.gradient(net, schedule)
   gradient = None
-  if private is not None:
-    gradient = dp_sgd.private_gradient(net, private)
-    schedule = schedule._replace(poisson=private.batches == "poisson")
+  if defense is not None and defense.gradient is not None:
+    gradient = defense.gradient(net)
+    poisson = defense.sgd is not None and defense.sgd.batches == "poisson"
+    schedule = schedule._replace(poisson=poisson)
   prox_mu = config.prox_mu if config.algorithm == "fed_prox" else 0.0
   return local.sgd(net, optax.sgd, schedule, prox_mu, gradient)
 
@@ -223,9 +223,9 @@ def training(
   config: Config, built: Setting, defense: defenses.Defense
 ) -> local.LocalTraining:
   """What a client computes under one defence."""
-  if defense.sgd is None:
+  if defense.gradient is None:
     return built.training
-  return _training(config, built.model, built.schedule, defense.sgd)
+  return _training(config, built.model, built.schedule, defense)
 
 
 def _check_proof(config: Config, defense: defenses.Defense) -> None:
@@ -243,15 +243,14 @@ def _check_proof(config: Config, defense: defenses.Defense) -> None:
       " about a sum. Expected --aggregator=mean."
     )
 
-  if defense.sgd is None:
-    return
-  if config.algorithm == "fed_sgd":
+  if config.algorithm == "fed_sgd" and defense.gradient is not None:
     raise errors.UserError(
       f"--algorithm=fed_sgd takes one gradient over all examples, which"
       f" {defense.spec} does not replace. Expected fed_avg, fed_prox or"
       " scaffold."
     )
-  if config.attack and defense.sgd.batches == "poisson":
+  poisson = defense.sgd is not None and defense.sgd.batches == "poisson"
+  if config.attack and poisson:
     raise errors.UserError(
       f"--attack on {defense.spec}: how many images a Poisson batch holds is"
       " secret, which the attacks do not model. Expected batches=fixed."

@@ -371,6 +371,7 @@ def _keep(
         variates=None
         if config.algorithm != "scaffold"
         else (sent.variate, before[client].variate),
+        mixing=observations.mixing(defense, key, client, shape),
       )
     )
   return kept

@@ -5,6 +5,7 @@ update before it is encoded.
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from mpqfl_jax import (
   dp_sgd,
   encrypted,
   errors,
+  heuristics,
+  models,
   precision,
   private_codecs,
   specs,
@@ -43,7 +46,12 @@ class Defense(NamedTuple):
     noise_in_codec: whether it is the codec that randomises: what else a client
       sends through it is another release.
     central: what a trusted server adds; None where it adds nothing.
-    sgd: how the client's gradients are made private; None where they are not.
+    gradient: what takes the place of the gradient of a batch's mean loss; None
+      where nothing does.
+    sgd: the settings of `gradient` where that is DP-SGD's.
+    mixup: its settings where `gradient` mixes the images of a batch.
+    hides_rows: path of a kernel of which some rows are withheld, and sent as
+      zero; None where there is none.
   """
 
   spec: str
@@ -54,7 +62,10 @@ class Defense(NamedTuple):
   clips: tuple[float, float] = (float("inf"), float("inf"))
   noise_in_codec: bool = False
   central: central_lib.Central | None = None
+  gradient: heuristics.GradientRule | None = None
   sgd: dp_sgd.Settings | None = None
+  mixup: heuristics.Mixup | None = None
+  hides_rows: tuple[str, ...] | None = None
   encryption: encrypted.Options | None = None
 
   @property
@@ -165,7 +176,51 @@ def _dp_sgd(
     transforms.identity(),
     precision.make("none", params),
     settings.guarantee,
+    gradient=functools.partial(dp_sgd.private_gradient, private=settings),
     sgd=settings,
+  )
+
+
+def _clip(
+  params: Params, protocol: accounting.Protocol, norm: float = 1.0
+) -> Defense:
+  del protocol  # without noise there is no (epsilon, delta)
+  return Defense(
+    "",
+    transforms.clip(norm),
+    precision.make("none", params),
+    None,
+    clips=(float("inf"), norm),
+  )
+
+
+def _soteria(
+  params: Params, protocol: accounting.Protocol, ratio: float = 0.5
+) -> Defense:
+  del protocol
+  chosen = heuristics.soteria(ratio)
+  return Defense(
+    "",
+    transforms.identity(),
+    precision.make("none", params),
+    None,
+    gradient=functools.partial(heuristics.pruned_gradient, chosen=chosen),
+    hides_rows=models.head(params).kernel,
+  )
+
+
+def _mixup(
+  params: Params, protocol: accounting.Protocol, alpha: float = 1.0
+) -> Defense:
+  del protocol
+  mixing = heuristics.mixup(alpha)
+  return Defense(
+    "",
+    transforms.identity(),
+    precision.make("none", params),
+    None,
+    gradient=functools.partial(heuristics.mixed_gradient, mixing=mixing),
+    mixup=mixing,
   )
 
 
@@ -305,6 +360,15 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
     "clip and noise on each example's gradient, Abadi et al. 2016",
   ),
   "dp_rqm": (_dp_rqm, "randomised quantisation mechanism, Youn et al. 2023"),
+  "clip": (_clip, "scales the update down to an L2 norm, and adds nothing"),
+  "soteria": (
+    _soteria,
+    "withholds the last layer's most telling features, Sun et al. 2021",
+  ),
+  "mixup": (
+    _mixup,
+    "mixes the images of a batch, Zhang et al. 2018, Huang et al. 2021",
+  ),
 }
 
 
@@ -328,6 +392,9 @@ def bins(
     batch: examples in each.
   """
   known = defense.codec.bins(payload)
+  if defense.hides_rows is not None:
+    sent = defense.codec.decode(payload)
+    known = heuristics.unseen_rows(known, sent, defense.hides_rows)
   noise = defense.noise_stddev**2
   if defense.sgd is not None:
     stddev = defense.sgd.clip * defense.sgd.noise_multiplier

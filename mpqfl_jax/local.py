@@ -155,6 +155,17 @@ BatchGradient = Callable[
 ]
 
 
+def step_key(batches: Key, number: Array | int) -> Key:
+  """The key of a client's gradient in its step `number`, from 0.
+
+  Args:
+    batches: the client's key for its batches in the round.
+    number: of the step, through all epochs.
+  """
+  # Beyond the keys of permutations and coins.
+  return jax.random.fold_in(jax.random.fold_in(batches, 2**32 - 1), number)
+
+
 def mean_gradient(model: Model) -> BatchGradient:
   """The gradient of the mean cross-entropy over a batch."""
 
@@ -209,8 +220,7 @@ def sgd(
         rows,
         mask,
         schedule.expected(size) if schedule.poisson else jnp.sum(mask),
-        # Beyond the keys of permutations and coins.
-        jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), number),
+        step_key(key, number),
       )
       if prox_mu:
         pull = trees.scale(prox_mu, trees.subtract(local, params))

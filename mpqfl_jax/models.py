@@ -5,14 +5,15 @@ No module past this one knows Flax.
 
 from collections.abc import Callable, Sequence
 import functools
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import errors, layers, pooling
-from mpqfl_jax.types import Array, Layer, Model
+from mpqfl_jax import errors, layers, pooling, trees
+from mpqfl_jax.types import Array, Layer, Model, Params
 
 
 def _uniform(bound: float) -> Callable:
@@ -346,3 +347,65 @@ def cross_entropy(model: Model, params, x: Array, y: Array) -> Array:
   if y.ndim == 1:
     return -jnp.take_along_axis(log_probs, y[:, None], 1)[:, 0]
   return -jnp.sum(y * log_probs, -1)
+
+
+class Head(NamedTuple):
+  """Paths of the classifier's last dense layer: keys of nested dicts."""
+
+  kernel: tuple[str, ...]
+  bias: tuple[str, ...] | None
+
+
+def head(params: Params, classes: int | None = None) -> Head:
+  """Finds the classifier's last dense layer.
+
+  Args:
+    params: nested dict of parameters (or their shapes).
+    classes: number of classes; any where None.
+
+  Raises:
+    UserError: no dense layer ends in `classes` units.
+  """
+  flat, _ = jax.tree_util.tree_flatten_with_path(params)
+  shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
+  kernels = [
+    path
+    for path, shape in shapes.items()
+    if path[-1] == "kernel" and len(shape) == 2 and classes in (None, shape[-1])
+  ]
+  if not kernels:
+    raise errors.UserError(
+      f"the model has no last dense layer of {classes or 'any'} units, off"
+      " which labels are read and whose inputs some defences hide; its leaves"
+      f" are {', '.join(trees.leaf_names(params))}. Attacks can be given the"
+      " labels instead."
+    )
+  kernel = max(kernels, key=lambda path: (len(path[-2]), path))
+  bias = (*kernel[:-1], "bias")
+  return Head(kernel, bias if bias in shapes else None)
+
+
+def mix(
+  model: Model, x: Array, y: Array, weight: Array, neighbour: Array
+) -> tuple[Array, Array]:
+  """Images and labels mixed with those of their neighbours.
+
+  Source: Zhang et al. 2018, equation 1.
+
+  Args:
+    model: gives the number of classes.
+    x: [batch, height, width, channels].
+    y: [batch] int32, or [batch, classes] probabilities.
+    weight: [], what an image keeps of itself.
+    neighbour: [batch] int32, whom each is mixed with.
+
+  Returns:
+    Like `x`; [batch, classes] probabilities.
+  """
+  if y.ndim == 1:
+    y = jax.nn.one_hot(y, model.num_classes)
+
+  def mixed(a):
+    return weight * a + (1 - weight) * a[neighbour]
+
+  return mixed(x), mixed(y)

@@ -17,6 +17,20 @@ def leaf_names(tree: PyTree) -> list[str]:
   return [path_name(path) for path, _ in flat]
 
 
+def get(tree: PyTree, path: tuple[str, ...]) -> PyTree:
+  """What lies in nested dicts at a path of keys."""
+  for name in path:
+    tree = tree[name]
+  return tree
+
+
+def replace(tree: PyTree, path: tuple[str, ...], value: PyTree) -> PyTree:
+  """Nested dicts like `tree`, with another value at a path of keys."""
+  if not path:
+    return value
+  return {**tree, path[0]: replace(tree[path[0]], path[1:], value)}
+
+
 def size(tree: PyTree) -> int:
   """Number of entries in all leaves."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -254,6 +254,9 @@ class Observation(NamedTuple):
     learning_rate: [] float32, the client's SGD step size.
     clips: [2] float32, the L1 and the L2 norm to which the client scaled its
       update down, infinite where it did not; None for a blind adversary.
+    mixing: [epochs * steps] float32, what an image kept of itself in a step
+      that mixed it with the next one; None where nothing was mixed, and for a
+      blind adversary.
   """
 
   params: Params
@@ -262,3 +265,4 @@ class Observation(NamedTuple):
   labels: Array | None
   learning_rate: Array
   clips: Array | None = None
+  mixing: Array | None = None

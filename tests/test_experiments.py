@@ -21,7 +21,7 @@ from experiments import (
   observations,
   setting,
 )
-from mpqfl_jax import attacks, local, metrics, models
+from mpqfl_jax import attacks, federated, local, metrics, models, trees
 
 SMALL = (
   "--model=mlp",
@@ -512,6 +512,47 @@ def test_every_mechanism_trains_and_is_attacked(tmp_path):
   )
 
 
+def test_heuristics_train_and_what_mixed_the_batches_is_kept(tmp_path):
+  run = tmp_path / "run"
+  args = (
+    *SMALL,
+    "--rounds=2",
+    f"--output_dir={run}",
+    "--defense=mixup(alpha=0.5),soteria(ratio=0.3),clip(norm=0.05)",
+    "--attack=dlg(iterations=3)",
+    "--attack_knowledge=blind,adaptive",
+  )
+  assert execute(*args) == 0
+  summary = json.loads((run / "summary.json").read_text())
+  for entry in summary["defenses"].values():
+    assert set(entry["attacks"]["dlg"]) == {"blind", "adaptive"}
+    assert entry["epsilon"] is None
+  values = from_args(*args)
+  built = setting.build(values)
+  mixing, hiding, clipping = built.defenses
+  key = jax.random.fold_in(setting.key(values, setting.ROUNDS), 1)
+  kept = observations.load(run, mixing, 2, built.template)
+  assert kept
+  for w in kept:
+    batches = federated.client_keys(key, w.client).batches
+    steps = w.shape.steps * w.shape.epochs
+    np.testing.assert_array_equal(
+      w.mixing, mixing.mixup.weights(batches, steps)
+    )
+    for knowledge in config.KNOWLEDGE:
+      seen = adversary.observe(values, w, knowledge, np.zeros(len(w.rows), int))
+      assert (seen.mixing is None) == (knowledge == "blind")
+  for w in observations.load(run, hiding, 2, built.template):
+    assert w.mixing is None
+    update = hiding.codec.decode(hiding.codec.unpack(w.message))
+    rows = np.asarray(update["dense3"]["kernel"]).any(1)
+    if w.shape.steps == 1:
+      assert np.count_nonzero(rows) <= 140
+  for w in observations.load(run, clipping, 2, built.template):
+    update = clipping.codec.decode(clipping.codec.unpack(w.message))
+    assert trees.norm(update) < 0.05001
+
+
 def test_a_poisson_run_under_central_privacy(tmp_path):
   run = tmp_path / "run"
   status = execute(
@@ -553,6 +594,8 @@ def test_a_poisson_run_under_central_privacy(tmp_path):
     (["--aggregator=median", "--defense=dp_central"], "about a sum"),
     (["--client_sampling=coin"], "client_sampling"),
     (["--algorithm=fed_sgd", "--defense=dp_sgd"], "Expected fed_avg"),
+    (["--algorithm=fed_sgd", "--defense=mixup"], "Expected fed_avg"),
+    (["--defense=soteria(ratio=2)"], "between 0 and 1"),
     (
       ["--attack=dlg", "--defense=dp_sgd(batches=poisson)"],
       "Expected batches=fixed",

@@ -88,13 +88,7 @@ def analytic(model: Model, work: core.Work) -> core.Attack:
     return State(jnp.clip(solve(observation), 0.0, 1.0), labels)
 
   def step(state: State, observation: Observation) -> tuple[State, Array]:
-    update = core.simulate(
-      model,
-      observation.params,
-      state.x[None],
-      state.labels,
-      observation.learning_rate,
-    )
+    update = core.explain(model, observation, state.x, state.labels, work)
     return state, objectives.squared(update, observation)
 
   def extract(state: State) -> tuple[Array, Array]:

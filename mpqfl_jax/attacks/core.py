@@ -148,6 +148,7 @@ def simulate(
   labels: Array,
   learning_rate: Array | float,
   epochs: int = 1,
+  mixing: Array | None = None,
 ) -> Update:
   """The update that a client would send that trained on the given images.
 
@@ -168,6 +169,9 @@ def simulate(
     labels: [steps, batch] int32, or [steps, batch, classes] probabilities.
     learning_rate: the client's step size.
     epochs: passes over the steps.
+    mixing: [epochs * steps] float32, what an image keeps of itself where
+      batches are mixed (`heuristics.Mixup`), each image with the one after it;
+      None where they are not.
 
   Returns:
     params minus local params, a pytree like `params`.
@@ -178,11 +182,40 @@ def simulate(
 
   gradient = jax.grad(loss)
   total: Any = None
-  for images, targets in list(zip(x, labels, strict=True)) * epochs:
+  batches = list(zip(x, labels, strict=True)) * epochs
+  for number, (images, targets) in enumerate(batches):
+    if mixing is not None:
+      after = (jnp.arange(len(images)) + 1) % len(images)
+      images, targets = models.mix(
+        model, images, targets, mixing[number], after
+      )
     local = params if total is None else trees.subtract(params, total)
     step = trees.scale(learning_rate, gradient(local, images, targets))
     total = step if total is None else trees.add(total, step)
   return total
+
+
+def explain(
+  model: Model, observation: Observation, x: Array, labels: Array, work: Work
+) -> Update:
+  """The update that the observed client would have sent had it held `x`.
+
+  Args:
+    model: the classifier.
+    observation: without leading axes.
+    x: [images, height, width, channels] in [0, 1].
+    labels: [steps, batch] int32, or [steps, batch, classes] probabilities.
+    work: what the client did.
+  """
+  return simulate(
+    model,
+    observation.params,
+    work.batches(x),
+    labels,
+    observation.learning_rate,
+    work.epochs,
+    observation.mixing,
+  )
 
 
 def to_images(model: Model, z: Array) -> Array:

@@ -97,14 +97,8 @@ def attack(
 
   def fidelity(v, labels: Array, observation: Observation):
     z = variables.to_images(v)
-    update = core.simulate(
-      model,
-      observation.params,
-      work.batches(core.to_images(model, z)),
-      labels,
-      observation.learning_rate,
-      work.epochs,
-    )
+    x = core.to_images(model, z)
+    update = core.explain(model, observation, x, labels, work)
     return distance(update, observation) + prior(z), z
 
   def loss(v, labels: Array, observation: Observation):

@@ -60,9 +60,8 @@ def _matching(
   search = coordinates.natural(model, exponent)
 
   def split(v: Array) -> tuple[Array, Array]:
-    x = search.to_images(v[:pixels])
     logits = v[pixels:].reshape(work.steps, work.batch, -1)
-    return work.batches(x), logits
+    return search.to_images(v[:pixels]), logits
 
   def joint(observation: Observation) -> bool:
     return observation.labels is None and not infer
@@ -71,14 +70,7 @@ def _matching(
     x, logits = split(v)
     if joint(observation):
       labels = jax.nn.softmax(logits)
-    update = core.simulate(
-      model,
-      observation.params,
-      x,
-      labels,
-      observation.learning_rate,
-      work.epochs,
-    )
+    update = core.explain(model, observation, x, labels, work)
     return objective(update, observation)
 
   def init(key: Key, observation: Observation) -> State:
@@ -117,7 +109,7 @@ def _matching(
 
   def extract(state: State) -> tuple[Array, Array]:
     x, logits = split(state.optimizer.x)
-    x = jnp.clip(x, 0.0, 1.0).reshape(images, *model.image_shape)
+    x = jnp.clip(x, 0.0, 1.0)
     labels = jnp.argmax(logits, -1) if logits.size else state.labels
     return x, labels.reshape(images).astype(jnp.int32)
 

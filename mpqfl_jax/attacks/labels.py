@@ -5,53 +5,12 @@ batch's mean of probabilities minus one-hot labels, so that a label pulls its
 entry down and nothing else does.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from mpqfl_jax import errors, trees
+from mpqfl_jax import errors, models, trees
 from mpqfl_jax.attacks import core
 from mpqfl_jax.types import Array, Model, Observation, Params, Update
-
-
-class _Head(NamedTuple):
-  kernel: tuple
-  bias: tuple | None
-
-
-def head(params: Params, classes: int) -> _Head:
-  """Paths of the classifier's last dense layer.
-
-  Args:
-    params: nested dict of parameters (or their shapes).
-    classes: number of classes.
-
-  Raises:
-    UserError: no dense layer ends in `classes` units.
-  """
-  flat, _ = jax.tree_util.tree_flatten_with_path(params)
-  shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
-  kernels = [
-    path
-    for path, shape in shapes.items()
-    if path[-1] == "kernel" and len(shape) == 2 and shape[-1] == classes
-  ]
-  if not kernels:
-    raise errors.UserError(
-      f"label inference needs a last dense layer of {classes} units; the"
-      f" model's leaves are {', '.join(trees.leaf_names(params))}. Give the"
-      " labels to the attack instead."
-    )
-  kernel = max(kernels, key=lambda path: (len(path[-2]), path))
-  bias = (*kernel[:-1], "bias")
-  return _Head(kernel, bias if bias in shapes else None)
-
-
-def _get(tree, path: tuple):
-  for name in path:
-    tree = tree[name]
-  return tree
 
 
 def scores(update: Update, classes: int) -> Array:
@@ -61,11 +20,11 @@ def scores(update: Update, classes: int) -> Array:
   column, which has the same sign for activations that are never negative
   (Zhao et al. 2020, equation 4).
   """
-  paths = head(update, classes)
-  columns = jnp.sum(_get(update, paths.kernel), 0)
+  paths = models.head(update, classes)
+  columns = jnp.sum(trees.get(update, paths.kernel), 0)
   if paths.bias is None:
     return columns
-  bias = _get(update, paths.bias)
+  bias = trees.get(update, paths.bias)
   return jnp.where(jnp.any(bias != 0), bias, columns)
 
 
@@ -81,7 +40,7 @@ def check(params: Params, model: Model, images: int) -> None:
     UserError: the model has no last dense layer, or, for more than one image,
       no bias in it.
   """
-  if head(params, model.num_classes).bias is None and images > 1:
+  if models.head(params, model.num_classes).bias is None and images > 1:
     raise errors.UserError(
       "label counts of a batch need a last layer with a bias; this model has"
       " none. Give the labels to the attack instead."
@@ -118,9 +77,9 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
   noise = noise * model.std + model.mean
   mean = jnp.mean(jax.nn.softmax(model.apply(observation.params, noise)), 0)
-  paths = head(observation.params, classes)
+  paths = models.head(observation.params, classes)
   assert paths.bias is not None  # checked above
-  shown = jnp.any(_get(observation.update, paths.bias) != 0)
+  shown = jnp.any(trees.get(observation.update, paths.bias) != 0)
   per_bias = jnp.where(
     shown, 1.0, _features(model, observation.params, noise, paths.kernel)
   )
@@ -139,14 +98,10 @@ def _features(model: Model, params: Params, x: Array, kernel: tuple) -> Array:
   # It is the gradient of a logit.
 
   def logit(weights):
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [
-      weights if tuple(k.key for k in path) == kernel else leaf
-      for path, leaf in flat
-    ]
-    return jnp.mean(model.apply(jax.tree.unflatten(treedef, leaves), x)[:, 0])
+    moved = trees.replace(params, kernel, weights)
+    return jnp.mean(model.apply(moved, x)[:, 0])
 
-  return jnp.sum(jax.grad(logit)(_get(params, kernel))[:, 0])
+  return jnp.sum(jax.grad(logit)(trees.get(params, kernel))[:, 0])
 
 
 def round_counts(expected: Array, total: int) -> Array:

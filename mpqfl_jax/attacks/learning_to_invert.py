@@ -231,14 +231,7 @@ def learning_to_invert(
     labels = observation.labels
     if labels is None:
       labels = labels_lib.infer(model, observation, work)
-    update = core.simulate(
-      model,
-      observation.params,
-      work.batches(x),
-      labels,
-      observation.learning_rate,
-      work.epochs,
-    )
+    update = core.explain(model, observation, x, labels, work)
     distance = objectives.squared(update, observation)
     return x, labels.reshape(work.images), distance
 

@@ -88,14 +88,7 @@ def maximum_a_posteriori(
 
   def loss(z, labels, observation: Observation, width: Array) -> Array:
     x = prior.to_images(z)
-    update = core.simulate(
-      model,
-      observation.params,
-      work.batches(x),
-      labels,
-      observation.learning_rate,
-      work.epochs,
-    )
+    update = core.explain(model, observation, x, labels, work)
     outside = jnp.sum(jnp.square(x - jnp.clip(x, 0.0, 1.0)))
     return (
       -objectives.log_likelihood(update, observation, width)

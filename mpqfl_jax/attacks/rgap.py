@@ -446,13 +446,7 @@ def rgap(model: Model, work: core.Work, *, noise: float = 1e-7) -> core.Direct:
 
   @jax.jit
   def distance(x: Array, label: Array, observation: Observation) -> Array:
-    update = core.simulate(
-      model,
-      observation.params,
-      x[None],
-      label[None],
-      observation.learning_rate,
-    )
+    update = core.explain(model, observation, x, label[None], work)
     return objectives.squared(update, observation)
 
   def solve(observation: Observation, given: core.Help) -> core.Answer:
