@@ -159,6 +159,11 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   }
 
 
+def withheld(shape: codecs.Shape) -> codecs.LeafCodec:
+  """The codec of a leaf that is never sent; it decodes to zeros."""
+  return leaf(shape, menu([Option("none")]))
+
+
 def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
   """The codec of a leaf that is sent in one option of a menu.
 

@@ -4,8 +4,9 @@ Codecs alone are in `precision.CODECS`; the defences here add something to the
 update before it is encoded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -20,11 +21,11 @@ from mpqfl_jax import (
   errors,
   heuristics,
   models,
+  policy,
   precision,
   private_codecs,
   specs,
   transforms,
-  trees,
 )
 from mpqfl_jax import central as central_lib
 from mpqfl_jax.types import Array, Bins, Codec, Params, Payload, UpdateTransform
@@ -299,41 +300,83 @@ def _quantised(
   """
   transforms.require_finite("clip", clip)
   bound = clip if bound is None else bound
-  transforms.require_finite("bound", bound)
-  if bound > clip:
-    raise errors.UserError(
-      f"bound={bound} is above clip={clip}, which no entry exceeds. Expected a"
-      " bound up to the clip."
-    )
+  private_codecs.check_bound(bound, clip)
   if given is not None and epsilon is not None:
     raise errors.UserError(
       f"{words} and epsilon={epsilon} contradict each other. Expected one of"
       " them; the other follows from it."
     )
-  entries, radius = trees.size(params), clip / bound
+  leaves = len(jax.tree.leaves(params))
 
-  def proof(mechanism):
-    return private_codecs.guarantee(mechanism, entries, radius)
+  def parts(mechanism):
+    return [private_codecs.Part(mechanism, bound)] * leaves
 
-  mechanism = default if given is None else given
-  if epsilon is not None:
-    transforms.require_finite("epsilon", epsilon)
-    mechanism = noisy(
-      accounting.least(
-        lambda noise: proof(noisy(noise)).epsilon(
-          protocol.ledger, protocol.delta
-        ),
-        epsilon,
-      )
-    )
+  if epsilon is None:
+    return _private(params, clip, parts(default if given is None else given))
+  return _calibrated(
+    params, protocol, clip, lambda noise: parts(noisy(noise)), epsilon
+  )
+
+
+def _private(
+  params: Params, clip: float, parts: Sequence[private_codecs.Part | None]
+) -> Defense:
   return Defense(
     "",
     transforms.clip(clip),
-    private_codecs.codec(params, mechanism, bound),
-    proof(mechanism),
+    private_codecs.codec(params, parts),
+    private_codecs.guarantee(params, parts, clip),
     clips=(float("inf"), clip),
     noise_in_codec=True,
   )
+
+
+def _calibrated(
+  params: Params,
+  protocol: accounting.Protocol,
+  clip: float,
+  noisy: Callable[[float], Sequence[private_codecs.Part | None]],
+  epsilon: float,
+) -> Defense:
+  """With as little noise as an epsilon allows."""
+  transforms.require_finite("epsilon", epsilon)
+
+  def spent(noise):
+    proof = private_codecs.guarantee(params, noisy(noise), clip)
+    return proof.epsilon(protocol.ledger, protocol.delta)
+
+  return _private(params, clip, noisy(accounting.least(spent, epsilon)))
+
+
+def _dp_policy(
+  params: Params,
+  protocol: accounting.Protocol,
+  file: str,
+  clip: float = 1.0,
+  epsilon: float | None = None,
+) -> Defense:
+  """Layers with different private quantisers, one proof for all of them.
+
+  Args:
+    params: the model's parameters, or their shapes.
+    protocol: how often clients send.
+    file: a policy whose rules name `pbm` (options `theta`, `trials`), `rqm`
+      (`margin`, `levels`, `keep`), each with a `bound`, the clip where it has
+      none; or `withheld`.
+    clip: largest L2 norm of the update.
+    epsilon: what the client that sends most may spend in the run. The thetas
+      are divided, and the margins multiplied, by what it takes.
+  """
+  transforms.require_finite("clip", clip)
+  name, rules = policy.read(pathlib.Path(file))
+  assigned = policy.assign(name, rules, params)
+
+  def parts(noise):
+    return [private_codecs.part(name, rule, clip, noise) for rule in assigned]
+
+  if epsilon is None:
+    return _private(params, clip, parts(0.0))
+  return _calibrated(params, protocol, clip, parts, epsilon)
 
 
 # name -> (constructor, one line with its source)
@@ -351,6 +394,10 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
     "sums of ciphertexts: CKKS, Cheon et al. 2017",
   ),
   "dp_pbm": (_dp_pbm, "Poisson-binomial mechanism, Chen et al. 2022"),
+  "dp_policy": (
+    _dp_policy,
+    "layers with private quantisers of their own, by a policy file",
+  ),
   "dp_central": (
     _dp_central,
     "clip and Gaussian noise at a trusted server, McMahan et al. 2018",

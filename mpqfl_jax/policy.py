@@ -1,6 +1,6 @@
 """Rules by path: which leaves they match, and the files that hold them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import fnmatch
 import pathlib
 import re
@@ -32,6 +32,43 @@ def matches(rule: QuantRule, path: str) -> bool:
   return fnmatch.fnmatchcase(path, rule.path) or fnmatch.fnmatchcase(
     layer_of(path), rule.path
   )
+
+
+def assign(
+  name: str, rules: Sequence[QuantRule], params: Params
+) -> list[QuantRule]:
+  """The first rule that matches each leaf, in the order of `jax.tree.leaves`.
+
+  Args:
+    name: of the policy.
+    rules: in order of precedence.
+    params: parameters, or their shapes.
+
+  Raises:
+    UserError: a leaf that no rule matches, or a rule that is first for no leaf.
+  """
+  unused = set(range(len(rules)))
+  found = []
+  paths = trees.leaf_names(params)
+  for path in paths:
+    for i, rule in enumerate(rules):
+      if matches(rule, path):
+        unused.discard(i)
+        found.append(rule)
+        break
+    else:
+      raise UserError(
+        f"policy {name}: no rule matches {path!r}; add one, such as a last rule"
+        " with path '*'."
+      )
+  if unused:
+    rule = rules[min(unused)]
+    raise UserError(
+      f"policy {name}: rule {min(unused) + 1} (path {rule.path!r}) applies to"
+      " no parameter, or earlier rules take all of its own; the model has"
+      f" {', '.join(paths)}."
+    )
+  return found
 
 
 def layers(params: Params) -> list[str]:

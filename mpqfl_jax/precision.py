@@ -138,10 +138,6 @@ def _randomk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
   return sparsify.random(shape, ratio)
 
 
-def _withheld(shape: codecs.Shape) -> codecs.LeafCodec:
-  return choice.leaf(shape, choice.menu([choice.Option("none")]))
-
-
 # What a rule may name: name -> (what it is, constructor of a leaf's codec).
 LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "float32": ("the update as it is", codecs.float32),
@@ -169,7 +165,7 @@ LEAF_CODECS: dict[str, tuple[str, Callable[..., codecs.LeafCodec]]] = {
   "prune": ("zeroes the smallest magnitudes, Zhu et al. 2019", _prune),
   "topk": ("sends only the largest magnitudes, Aji and Heafield 2017", _topk),
   "randomk": ("sends random entries, unbiased, Konečný et al. 2016", _randomk),
-  "withheld": ("not sent: for the layers of a policy file", _withheld),
+  "withheld": ("not sent: for the layers of a policy file", choice.withheld),
 }
 
 # The turns that layers take in `paper`, from the first layer on. A
@@ -218,28 +214,12 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
     UserError: a leaf that no rule matches, a rule that is first for no leaf, an
       unknown precision or option.
   """
-  unused = set(range(len(rules)))
-  leaves = []
-  shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
-  paths = trees.leaf_names(params)
-  for path, shape in zip(paths, shapes, strict=True):
-    for i, rule in enumerate(rules):
-      if policy.matches(rule, path):
-        unused.discard(i)
-        leaves.append(leaf_codec(rule.precision, shape, rule.options))
-        break
-    else:
-      raise UserError(
-        f"policy {name}: no rule matches {path!r}; add one, such as a last rule"
-        " with path '*'."
-      )
-  if unused:
-    rule = rules[min(unused)]
-    raise UserError(
-      f"policy {name}: rule {min(unused) + 1} (path {rule.path!r}) applies to"
-      " no parameter, or earlier rules take all of its own; the model has"
-      f" {', '.join(paths)}."
+  leaves = [
+    leaf_codec(rule.precision, tuple(leaf.shape), rule.options)
+    for rule, leaf in zip(
+      policy.assign(name, rules, params), jax.tree.leaves(params), strict=True
     )
+  ]
   return codecs.per_leaf(name, params, leaves)
 
 

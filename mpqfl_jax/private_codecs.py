@@ -10,7 +10,7 @@ server sees the codes, and must not be able to go back from them to the draws.
 Probabilities have 24 bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import math
 from typing import NamedTuple
@@ -22,10 +22,13 @@ import numpy as np
 from mpqfl_jax import (
   accounting,
   bitpack,
+  choice,
   codecs,
   numerics,
+  policy,
   quantize,
   renyi,
+  specs,
   wire,
 )
 from mpqfl_jax.errors import UserError
@@ -210,25 +213,97 @@ def quantisation_pmf(
   return out
 
 
-def codec(params: Params, mechanism: Mechanism, bound: float) -> Codec:
+class Part(NamedTuple):
+  """How a leaf is sent.
+
+  Attributes:
+    mechanism: the quantiser.
+    bound: entries are clamped to [-bound, bound]; public.
+  """
+
+  mechanism: Mechanism
+  bound: float
+
+
+def check_bound(bound: float, clip: float) -> None:
+  """Raises UserError unless a bound is positive and within the clip."""
+  numerics.require_positive("bound", bound)
+  if bound > clip:
+    raise UserError(
+      f"bound={bound} is above clip={clip}, which no entry exceeds. Expected a"
+      " bound up to the clip."
+    )
+
+
+# What a rule of a private policy may name: name -> (noise, options) ->
+# mechanism; at noise 0 the options are as the rule has them.
+RULES: dict[str, Callable[..., Mechanism]] = {
+  "pbm": lambda noise, theta=0.25, trials=16: poisson_binomial(
+    theta / (1 + noise), trials
+  ),
+  "rqm": lambda noise, margin=1.0, levels=16, keep=0.42: (
+    randomised_quantisation(margin * (1 + noise), levels, keep)
+  ),
+}
+WITHHELD = "withheld"
+
+
+def part(
+  name: str, rule: policy.QuantRule, clip: float, noise: float = 0.0
+) -> Part | None:
+  """How a rule of a private policy has a leaf sent, None where it is not.
+
+  Args:
+    name: of the policy.
+    rule: names one of `RULES` or `WITHHELD`.
+    clip: largest L2 norm of the update.
+    noise: from 0, more than the rule asks for.
+
+  Raises:
+    UserError: a precision that proves nothing, or options that it does not
+      take.
+  """
+  options = dict(rule.options)
+  if rule.precision == WITHHELD and not options:
+    return None
+  if rule.precision not in RULES:
+    raise UserError(
+      f"policy {name}, path {rule.path!r}: {rule.precision} proves nothing"
+      f" there. Expected {', '.join(RULES)}, or {WITHHELD} without options."
+    )
+  bound = options.pop("bound", clip)
+  check_bound(bound, clip)
+  mechanism = specs.call(
+    f"policy {name}, path {rule.path!r}: {rule.precision}",
+    RULES[rule.precision],
+    options,
+    noise,
+  )
+  return Part(mechanism, float(bound))
+
+
+def codec(params: Params, parts: Sequence[Part | None]) -> Codec:
   """The codec that sends every entry by a private quantiser.
 
   Args:
     params: parameters, or their shapes.
-    mechanism: the quantiser.
-    bound: entries are clamped to [-bound, bound]; public.
+    parts: of each leaf, in the order of `jax.tree.leaves`; None for one that is
+      not sent.
 
   Returns:
     The codec.
   """
   leaves = [
-    _leaf(tuple(x.shape), mechanism, bound) for x in jax.tree.leaves(params)
+    choice.withheld(tuple(leaf.shape))
+    if part is None
+    else _leaf(tuple(leaf.shape), part.mechanism, part.bound)
+    for leaf, part in zip(jax.tree.leaves(params), parts, strict=True)
   ]
   return codecs.per_leaf("private", params, leaves)
 
 
 def guarantee(
-  mechanism: Mechanism, entries: int, radius: float
+  params: Params, parts: Sequence[Part | None], clip: float
 ) -> accounting.Guarantee:
   """What the codes of clipped updates prove against the server.
 
@@ -238,21 +313,30 @@ def guarantee(
   aggregation, which is not claimed.)
 
   Args:
-    mechanism: the quantiser.
-    entries: of an update.
-    radius: the L2 clip over the bound.
+    params: parameters, or their shapes.
+    parts: as for `codec`.
+    clip: largest L2 norm of the whole update.
   """
-
-  scalar = mechanism.scalar
+  entries: dict[tuple[str, float], int] = {}
+  chosen: dict[tuple[str, float], Part] = {}
+  for leaf, part in zip(jax.tree.leaves(params), parts, strict=True):
+    if part is not None:
+      key = part.mechanism.name, part.bound
+      entries[key] = entries.get(key, 0) + leaf.size
+      chosen[key] = part
+  groups = [
+    renyi.Group(part.mechanism.scalar, entries[key], clip / part.bound)
+    for key, part in chosen.items()
+  ]
 
   @functools.cache
   def rough() -> np.ndarray:
-    return renyi.worst_in_ball(scalar, _ORDERS, entries, radius, ratio=1.08)
+    return renyi.worst_in_ball(groups, _ORDERS, ratio=1.08)
 
   @functools.cache
   def fine(index: int) -> float:
     order = _ORDERS[index : index + 1]
-    return float(renyi.worst_in_ball(scalar, order, entries, radius)[0])
+    return float(renyi.worst_in_ball(groups, order)[0])
 
   def epsilon(ledger: accounting.Ledger, delta: float) -> float:
     releases = accounting.most_releases(ledger)

@@ -16,10 +16,12 @@ l >= 0
   max sum f(x_i, y_i) <= 2 l r^2 + n max_(x, y) [f(x, y) - l (x^2 + y^2)]
 
 and the inner maximum is bounded on each cell of a grid by the corner's f and
-the cell's least x^2 + y^2. The result is an upper bound whatever the grid; the
-grid and the prices only decide how much of it is slack (a few per cent).
+the cell's least x^2 + y^2. Groups of entries that are randomised in different
+ways add their terms under one price. The result is an upper bound whatever the
+grid; grid and prices only decide how much of it is slack (a few per cent).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +44,21 @@ class Scalar(NamedTuple):
   nodes: np.ndarray
   pmf: np.ndarray
   copies: int = 1
+
+
+class Group(NamedTuple):
+  """Entries of an update that are randomised alike.
+
+  Attributes:
+    scalar: how one is.
+    entries: how many there are.
+    radius: largest L2 norm of the whole update, in units of these entries'
+      bound; entries beyond [-1, 1] are clamped, which lowers the norm.
+  """
+
+  scalar: Scalar
+  entries: int
+  radius: float
 
 
 def probabilities(scalar: Scalar, x: np.ndarray) -> np.ndarray:
@@ -96,63 +113,106 @@ def worst_in_box(
 
 
 def worst_in_ball(
-  scalar: Scalar,
-  orders: np.ndarray,
-  entries: int,
-  radius: float,
-  ratio: float = 1.015,
+  groups: Sequence[Group], orders: np.ndarray, ratio: float = 1.015
 ) -> np.ndarray:
   """The largest divergence of two messages of updates in a ball.
 
+  One price serves all groups: the ball is of the whole update.
+
   Args:
-    scalar: how one entry is randomised.
+    groups: entries, and how they are randomised.
     orders: [k], above 1.
-    entries: how many there are.
-    radius: largest L2 norm of the update, in units of the bound; entries beyond
-      [-1, 1] are clamped, which lowers the norm.
     ratio: of neighbouring points of the grid; the slack is about its square.
 
   Returns:
     [k]; an upper bound, see the module's docstring.
   """
+  grids = [_grid(group.scalar, ratio) for group in groups]
+  # What a unit of the squared norm, in clips, is in a group's own units.
+  units = [group.scalar.copies * group.radius**2 for group in groups]
+  counts = [group.scalar.copies * group.entries for group in groups]
+  out = np.full(len(orders), np.inf)
+  for i, alpha in enumerate(orders):
+    fronts = [
+      _front(group.scalar, grid, alpha)
+      for group, grid in zip(groups, grids, strict=True)
+    ]
+    most = sum(n * f.most for n, f in zip(counts, fronts, strict=True))
+    if not np.isfinite(most):
+      continue
+    dearest = [u * f.dearest for u, f in zip(units, fronts, strict=True)]
+    prices = np.geomspace(1e-3 * min(dearest), max(dearest), _PRICES)
+    bound = 2 * prices
+    for n, unit, front in zip(counts, units, fronts, strict=True):
+      own = prices / unit
+      gain = np.max(front.values - own[:, None] * front.norms, 1, initial=0.0)
+      gain = np.maximum(gain, 2 * _CENTRE**2 * (front.curve - own))
+      bound = bound + n * gain
+    out[i] = min(most, float(bound.min()))
+  return out
+
+
+class _Grid(NamedTuple):
+  """Cells of pairs (x, y), those of a small norm first.
+
+  Attributes:
+    rows: [points, outputs], output probabilities.
+    order: [cells], flat indices; those of the central square are not there.
+    norms: [cells], least x^2 + y^2.
+  """
+
+  rows: np.ndarray
+  order: np.ndarray
+  norms: np.ndarray
+
+
+def _grid(scalar: Scalar, ratio: float) -> _Grid:
   outer = np.geomspace(
     _CENTRE, 1.0, 2 + int(np.log(1 / _CENTRE) / np.log(ratio))
   )
   inner = np.linspace(0.0, _CENTRE, 1 + round(1 / (ratio - 1)))[:-1]
   half = np.concatenate([inner, outer])
   grid = np.unique(np.concatenate([-half, half, scalar.nodes]))
-  rows = probabilities(scalar, grid)
   low = np.minimum(np.abs(grid[1:]), np.abs(grid[:-1]))
   least = low[:, None] ** 2 + low[None, :] ** 2
   # Cells inside the central square have no useful least norm.
   reach = np.maximum(np.abs(grid[1:]), np.abs(grid[:-1]))
   central = np.maximum(reach[:, None], reach[None, :]) <= _CENTRE * (1 + 1e-9)
-  # Only those that ask for more than every cell of a smaller norm can decide.
   order = np.argsort(np.where(central, np.inf, least), axis=None)
   order = order[: np.count_nonzero(~central)]
-  norms = least.reshape(-1)[order]
+  return _Grid(probabilities(scalar, grid), order, least.reshape(-1)[order])
+
+
+class _Front(NamedTuple):
+  """The divergence f of one entry, by its norm, at one order.
+
+  Attributes:
+    most: over the whole box.
+    values, norms: of cells whose f is above that of every cell of a smaller
+      norm; no other can decide.
+    curve: f is at most this times x^2 + y^2 in the central square.
+    dearest: price above which no entry is worth its norm.
+  """
+
+  most: float
+  values: np.ndarray
+  norms: np.ndarray
+  curve: float
+  dearest: float
+
+
+def _front(scalar: Scalar, grid: _Grid, alpha: float) -> _Front:
+  table = divergences(grid.rows, grid.rows, np.array([alpha]))[0]
+  corner = np.maximum.reduce(
+    [table[:-1, :-1], table[1:, :-1], table[:-1, 1:], table[1:, 1:]]
+  )
+  values = corner.reshape(-1)[grid.order]
+  front = np.flatnonzero(np.diff(np.maximum.accumulate(values), prepend=-1))
+  values, norms = values[front], grid.norms[front]
   slope, change = _steepest(scalar)
-  out = np.empty(len(orders))
-  for i, alpha in enumerate(orders):
-    table = divergences(rows, rows, orders[i : i + 1])[0]
-    corner = np.maximum.reduce(
-      [table[:-1, :-1], table[1:, :-1], table[:-1, 1:], table[1:, 1:]]
-    )
-    out[i] = entries * corner.max()
-    if not np.isfinite(out[i]):
-      continue
-    values = corner.reshape(-1)[order]
-    front = np.flatnonzero(np.diff(np.maximum.accumulate(values), prepend=-1))
-    values, front_norms = values[front], norms[front]
-    # In the central square f is at most this times x^2 + y^2.
-    curve = alpha * slope * change ** abs(alpha - 2)
-    dearest = max(curve, float((values / front_norms).max()))
-    prices = np.geomspace(1e-3 * dearest, dearest, _PRICES)
-    gain = np.max(values - prices[:, None] * front_norms, 1, initial=0.0)
-    gain = np.maximum(gain, 2 * _CENTRE**2 * (curve - prices))
-    bound = 2 * prices * radius**2 + entries * gain
-    out[i] = min(out[i], float(bound.min()))
-  return scalar.copies * out
+  curve = alpha * slope * change ** abs(alpha - 2)
+  dearest = max(curve, float((values / norms).max()))
+  return _Front(float(corner.max()), values, norms, curve, dearest)
 
 
 def _steepest(scalar: Scalar) -> tuple[float, float]:

@@ -195,3 +195,105 @@ def test_noise_for_an_epsilon(spec):
 def test_mistakes_are_named(spec, words):
   with pytest.raises(errors.UserError, match=words):
     defenses.make(spec, PARAMS)
+
+
+def _file(tmp_path, *rules):
+  path = tmp_path / "mixed.toml"
+  path.write_text("".join(f"[[rule]]\n{rule}\n" for rule in rules))
+  return path
+
+
+def test_a_policy_of_one_rule_proves_what_the_mechanism_proves(tmp_path):
+  path = _file(tmp_path, 'path = "*"\nprecision = "pbm"\ntheta=0.1\ntrials=1')
+  mixed = defenses.make(f"dp_policy(file={path})", PARAMS)
+  plain = defenses.make("dp_pbm(theta=0.1,trials=1)", PARAMS)
+  assert mixed.epsilon(ONCE, 1e-5) == plain.epsilon(ONCE, 1e-5)
+  assert mixed.clips == plain.clips and mixed.noise_in_codec
+
+
+def test_each_leaf_is_sent_by_its_rule(tmp_path):
+  path = _file(
+    tmp_path,
+    'path = "a"\nprecision = "pbm"\ntheta = 0.05\nbound = 0.5',
+    'path = "b"\nprecision = "withheld"',
+  )
+  defense = defenses.make(f"dp_policy(file={path},clip=3)", PARAMS)
+  update = {"a": jnp.full((30, 40), 0.04), "b": jnp.full(50, 0.1)}
+
+  def sent(key):
+    payload, _ = defense.codec.encode(key, update, defense.codec.init(update))
+    return defense.codec.decode(payload)
+
+  found = jax.vmap(sent)(jax.random.split(jax.random.key(0), 200))
+  assert not np.any(found["b"])
+  variance = 0.5**2 * private_codecs.poisson_binomial(0.05).variance
+  deviation = np.sqrt(variance / found["a"].size)
+  # Unbiased within four deviations; the spread is the stated one.
+  assert abs(float(found["a"].mean()) - 0.04) < 4 * deviation
+  assert np.var(found["a"]) == pytest.approx(variance, rel=0.03)
+  bins = defense.codec.bins(
+    defense.codec.encode(jax.random.key(1), update, defense.codec.init(update))[
+      0
+    ]
+  )
+  np.testing.assert_allclose(bins.variance["a"], variance, rtol=1e-5)
+  assert np.all(np.isinf(bins.variance["b"]))
+  # What is not sent costs nothing: only the first leaf's entries count.
+  groups = [renyi.Group(private_codecs.poisson_binomial(0.05).scalar, 1200, 6)]
+  order = accounting.ORDERS[9:10]
+  assert defense.epsilon(ONCE, 1e-5) <= accounting.from_divergence(
+    renyi.worst_in_ball(groups, order), order, 1e-5
+  )
+
+
+def test_more_noise_on_one_layer_lowers_epsilon_only_as_far_as_the_other(
+  tmp_path,
+):
+  def spent(theta_a, theta_b):
+    path = _file(
+      tmp_path,
+      f'path = "a"\nprecision = "pbm"\ntheta = {theta_a}\ntrials = 1',
+      f'path = "b"\nprecision = "pbm"\ntheta = {theta_b}\ntrials = 1',
+    )
+    return defenses.make(f"dp_policy(file={path})", PARAMS).epsilon(ONCE, 1e-5)
+
+  both, one, none = spent(0.05, 0.05), spent(0.05, 0.2), spent(0.2, 0.2)
+  # Bounds are as close as their grids of prices.
+  assert both < one <= none * 1.005
+  # An update may lie in the finer layer as a whole.
+  alone = {"b": PARAMS["b"]}
+  plain = defenses.make("dp_pbm(theta=0.2,trials=1)", alone)
+  assert one >= plain.epsilon(ONCE, 1e-5) * 0.995
+
+
+def test_a_policys_noise_for_an_epsilon(tmp_path):
+  path = _file(
+    tmp_path,
+    'path = "a"\nprecision = "pbm"\ntheta = 0.2\ntrials = 1',
+    'path = "b"\nprecision = "pbm"\ntheta = 0.4\ntrials = 1',
+  )
+  ledger = accounting.Ledger(5, np.array([3, 1]))
+  protocol = accounting.one_update()._replace(ledger=ledger)
+  spec = f"dp_policy(file={path},epsilon=4)"
+  defense = defenses.make(spec, PARAMS, protocol)
+  spent = defense.epsilon(ledger, protocol.delta)
+  assert 0.999 * 4 <= spent <= 4 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+  "rule, words",
+  [
+    ('path = "*"\nprecision = "int4"', "proves nothing there. Expected pbm"),
+    ('path = "*"\nprecision = "pbm"\nbound = 2', "bound=2 is above clip=1.0"),
+    ('path = "*"\nprecision = "pbm"\nbound = 0', "bound"),
+    ('path = "*"\nprecision = "pbm"\ntheat = 0.1', "Did you mean 'theta'"),
+    ('path = "*"\nprecision = "withheld"\ntheta = 1', "without options"),
+    ('path = "a"\nprecision = "pbm"', "no rule matches 'b'"),
+  ],
+)
+def test_a_policy_that_proves_nothing_is_refused(rule, words, tmp_path):
+  path = _file(tmp_path, rule)
+  with pytest.raises(errors.UserError, match=words):
+    defenses.make(f"dp_policy(file={path})", PARAMS)
+  with pytest.raises(errors.UserError, match="needs file"):
+    defenses.make("dp_policy", PARAMS)

@@ -66,7 +66,9 @@ def test_no_pair_in_the_box_is_worse_than_the_corners(scalar):
 def test_the_bound_over_the_ball_holds_and_is_close(scalar, radius):
   """Against a direct search over pairs of updates of two entries."""
   alpha = 4.5
-  bound = renyi.worst_in_ball(scalar, np.array([alpha]), 2, radius)[0]
+  bound = renyi.worst_in_ball(
+    [renyi.Group(scalar, 2, radius)], np.array([alpha])
+  )[0]
 
   def clipped(v):
     v = v * min(1.0, radius / max(np.linalg.norm(v), 1e-12))
@@ -90,7 +92,8 @@ def test_many_entries_cost_no_more_than_the_norm_allows():
   # squared norm, times 2 r^2, and no longer grows; in a box it does.
   scalar = _binomial(0.05)
   few, many = (
-    renyi.worst_in_ball(scalar, ORDERS, n, 1.0) for n in (10**4, 10**7)
+    renyi.worst_in_ball([renyi.Group(scalar, n, 1.0)], ORDERS)
+    for n in (10**4, 10**7)
   )
   np.testing.assert_allclose(few, many, rtol=0.02)
   box = renyi.worst_in_box(scalar, ORDERS, 10**4)
@@ -106,7 +109,57 @@ def test_many_entries_cost_no_more_than_the_norm_allows():
 
 def test_a_large_ball_is_the_box():
   for scalar in (_binomial(0.25, 4), _rqm(6)):
-    ball = renyi.worst_in_ball(scalar, ORDERS, 9, 100.0)
+    ball = renyi.worst_in_ball([renyi.Group(scalar, 9, 100.0)], ORDERS)
     np.testing.assert_allclose(
       ball, renyi.worst_in_box(scalar, ORDERS, 9), rtol=1e-9
     )
+
+
+def test_groups_that_are_alike_are_one_group():
+  scalar = _binomial(0.2, 3)
+  whole = renyi.worst_in_ball([renyi.Group(scalar, 900, 2.0)], ORDERS)
+  halves = [renyi.Group(scalar, n, 2.0) for n in (300, 600)]
+  np.testing.assert_allclose(
+    renyi.worst_in_ball(halves, ORDERS), whole, rtol=1e-9
+  )
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 1.0), (1.0, 0.4), (0.3, 0.8)])
+def test_the_bound_over_groups_holds_and_is_close(bounds):
+  """Two entries, each with a quantiser and a bound of its own."""
+  alpha, scalars = 3.5, (_binomial(0.35, 2), _rqm(5))
+  groups = [
+    renyi.Group(scalar, 1, 1.0 / bound)
+    for scalar, bound in zip(scalars, bounds, strict=True)
+  ]
+  bound = renyi.worst_in_ball(groups, np.array([alpha]))[0]
+
+  def rows(v):
+    v = v * min(1.0, 1.0 / max(np.linalg.norm(v), 1e-12))
+    return [
+      renyi.probabilities(scalar, np.clip(x[None] / b, -1, 1))[0]
+      for scalar, x, b in zip(scalars, v, bounds, strict=True)
+    ]
+
+  def total(v):
+    return sum(
+      scalar.copies * _divergence(p, q, alpha)
+      for scalar, p, q in zip(scalars, rows(v[:2]), rows(v[2:]), strict=True)
+    )
+
+  found = optimize.differential_evolution(
+    lambda v: -total(v), [(-1.1, 1.1)] * 4, seed=1, maxiter=60, tol=1e-9
+  )
+  assert -found.fun <= bound * (1 + 1e-9)
+  assert bound <= 1.2 * -found.fun
+
+
+def test_a_group_of_its_own_that_hides_less_decides():
+  loose, tight = _binomial(0.4), _binomial(0.02)
+  both = renyi.worst_in_ball(
+    [renyi.Group(tight, 10_000, 1.0), renyi.Group(loose, 50, 1.0)], ORDERS
+  )
+  one = renyi.worst_in_ball([renyi.Group(loose, 50, 1.0)], ORDERS)
+  # An update may lie in the loose group as a whole.
+  assert np.all(both >= one * (1 - 1e-9))
+  assert np.all(both <= 1.1 * one)
