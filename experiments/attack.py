@@ -29,7 +29,7 @@ def run(
     What `summary.json` holds.
   """
   begin = time.perf_counter()
-  sent = broadcast(config, built)
+  sent, _ = broadcast(config, built)
   watched: list[observations.Watched] = []
   entries: dict[str, dict[str, Any]] = {}
   for defense in built.defenses:
@@ -50,12 +50,14 @@ def run(
   return summary.of_run(config, entries, references, built.float32_bytes, begin)
 
 
-def broadcast(config: Config, built: setting.Setting) -> federated.Broadcast:
-  """What the clients start from, at the initial weights."""
+def broadcast(
+  config: Config, built: setting.Setting
+) -> tuple[federated.Broadcast, int]:
+  """What the clients start from, at the initial weights, and its bytes."""
   params = built.model.init(setting.key(config, setting.WEIGHTS))
   # The clients start from what the downlink's codec makes of the model; control
   # variates, where there are any, are still zero.
-  params, variate, _ = federated.broadcast(
+  params, variate, size = federated.broadcast(
     built.downlink,
     params,
     jax.tree.map(jnp.zeros_like, params)
@@ -63,9 +65,10 @@ def broadcast(config: Config, built: setting.Setting) -> federated.Broadcast:
     else (),
     setting.key(config, setting.DOWNLINK),
   )
-  return federated.Broadcast(
+  sent = federated.Broadcast(
     params, variate, jnp.float32(built.rates.client(0))
   )
+  return sent, int(size)
 
 
 def attacked_shapes(

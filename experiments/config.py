@@ -201,7 +201,7 @@ def check(config: Config) -> None:
   distributed.check_flags(
     config.coordinator_address, config.num_processes, config.process_id
   )
-  if config.task in ("train", "study"):
+  if config.task in ("train", "costs", "study"):
     if config.cohort_size > config.num_clients:
       raise errors.UserError(
         f"--cohort_size={config.cohort_size} is larger than"
@@ -241,9 +241,14 @@ def check(config: Config) -> None:
       " --batch_size=1, --local_epochs=1, no --local_steps and"
       " --algorithm=fed_avg."
     )
-  if config.task == "leakage" and config.attack:
+  if config.task in ("leakage", "costs") and config.attack:
     raise errors.UserError(
-      "--task=leakage predicts and attacks nothing. Expected no --attack."
+      f"--task={config.task} attacks nothing. Expected no --attack."
+    )
+  if config.task == "costs" and config.algorithm == "scaffold":
+    raise errors.UserError(
+      "--task=costs measures one message a client, and scaffold sends two."
+      " Expected another --algorithm."
     )
   if config.dry_run and config.task not in ("train", "attack"):
     raise errors.UserError(

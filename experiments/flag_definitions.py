@@ -13,7 +13,7 @@ from mpqfl_jax import (
 )
 from mpqfl_jax import attacks as attacks_lib
 
-TASKS = ("train", "attack", "leakage", "study", "scaling")
+TASKS = ("train", "attack", "leakage", "costs", "study", "scaling")
 ALGORITHMS = ("fed_avg", "fed_sgd", "fed_prox", "scaffold")
 SAMPLINGS = ("uniform", "poisson")
 KNOWLEDGE = ("blind", "adaptive")
@@ -34,7 +34,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
       "train: a federated run, attacked where"
       " --attack is set; attack: invert the updates of given images; leakage:"
       " predict what that attack will reach, and find a policy that leaks"
-      " least; study: a grid of training and attacks, one table of claims;"
+      " least; costs: seconds, bytes and keys of each defence; study: a grid of"
+      " training, attacks and costs, one table of claims;"
       " scaling: what a round costs against the number of its clients.",
     ),
     flags.DEFINE_string("output_dir", "runs/default", "The run's folder."),
@@ -259,7 +260,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     flags.DEFINE_string(
       "scaling_clients",
       "10,100,1000",
-      "Clients in a round that --task=scaling measures.",
+      "Clients in a round that --task=scaling measures, and clients for which"
+      " --task=costs makes keys.",
     ),
   ),
   "Devices and hosts": _names(

@@ -24,6 +24,10 @@ EXAMPLES = (
     " --output_dir=runs/leakage",
   ),
   (
+    "what each defence costs in seconds, bytes and keys",
+    "--task=costs --defense=none,int4,dp_gaussian,he --output_dir=runs/costs",
+  ),
+  (
     "what a round costs against its clients",
     "--flagfile=experiments/flags/scaling.flags",
   ),

@@ -44,7 +44,7 @@ def run(
       bounds that no policy keeps.
   """
   begin = time.perf_counter()
-  sent = attack.broadcast(config, built)
+  sent, _ = attack.broadcast(config, built)
   model = setting.model(config, built.data, adversary.attack_conv())
   by_defense = {
     d.spec: attack.updates(config, built, d, sent) for d in built.defenses

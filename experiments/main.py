@@ -28,6 +28,7 @@ from experiments import (
   attack,
   catalogue,
   config,
+  costs,
   dry_run,
   folder,
   leakage,
@@ -40,6 +41,7 @@ from experiments import (
 from experiments import help as help_page
 from mpqfl_jax import datasets, distributed, errors
 from mpqfl_jax.report import findings, html, records, tables
+from mpqfl_jax.report import costs as costs_report
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page
 
@@ -67,6 +69,7 @@ _TASKS = {
   "train": _Task(train.run, _attackable(train.attacked_shapes)),
   "attack": _Task(attack.run, _attackable(attack.attacked_shapes)),
   "leakage": _Task(leakage.run, leakage.check),
+  "costs": _Task(costs.run, lambda values, built: None),
   "scaling": _Task(scaling.run, _attackable(train.attacked_shapes)),
 }
 
@@ -181,6 +184,10 @@ def run(values: config.Config) -> pathlib.Path | None:
     summary = json.loads((run_dir / "summary.json").read_text())
     if values.task == "leakage":
       print(leakage.markdown(summary))
+      return run_dir
+    if values.task == "costs":
+      lines = folder.read_lines(run_dir / "costs.jsonl")
+      print(costs_report.markdown(lines))
       return run_dir
     if values.task == "scaling":
       page = scaling_report.write(run_dir)

@@ -100,6 +100,7 @@ def grid(values: config.Config) -> list[Cell]:
                 f"{dataset}, {spec}, {knowledge}, {steps} x {batch}",
               )
             )
+    out.append(Cell(_costs(here), f"{dataset}, costs"))
   return out
 
 
@@ -110,6 +111,11 @@ def _train(
     values, task="train", seed=seed, defense=(spec,), attack_rounds=rounds
   )
   return _place(values, cell, () if rounds else _ATTACKS)
+
+
+def _costs(values: config.Config) -> config.Config:
+  cell = dataclasses.replace(values, task="costs", seed=values.study_seeds[0])
+  return _place(values, cell, _ATTACKS)
 
 
 def _attack(
@@ -284,6 +290,7 @@ def collect(
   """
   training: list[dict[str, Any]] = []
   attacks: list[dict[str, Any]] = []
+  costs: list[dict[str, Any]] = []
   references: dict[str, dict[str, Any]] = {}
   hashes: dict[str, dict[str, str]] = {}
   for cell in cells:
@@ -291,6 +298,8 @@ def collect(
     found = json.loads((cell.folder / "summary.json").read_text())
     if values.task == "attack":
       references.setdefault(values.dataset, found["references"])
+    elif values.task == "costs":
+      costs += folder.read_lines(cell.folder / "costs.jsonl")
     elif not cell.twin:
       training += _training_lines(values, found)
     if values.task == "train" and values.defense == ("none",):
@@ -308,7 +317,9 @@ def collect(
     for name, both in hashes.items()
     if {"watched", "unwatched"} <= both.keys()
   ]
-  return evidence.Results(training, attacks, references, twins, encryption)
+  return evidence.Results(
+    training, attacks, references, twins, encryption, costs
+  )
 
 
 def _training_lines(
@@ -338,15 +349,15 @@ def write(
   """Writes the study's tables.
 
   Args:
-    run_dir: gets `training.jsonl`, `attacks.jsonl`, `evidence.json` and
-      `study.jsonl`.
+    run_dir: gets `training.jsonl`, `attacks.jsonl`, `costs.jsonl`,
+      `evidence.json` and `study.jsonl`.
     values: the study's config.
     results: of all cells.
 
   Returns:
     What `summary.json` holds, totals aside.
   """
-  for name in ("training", "attacks"):
+  for name in ("training", "attacks", "costs"):
     lines = getattr(results, name)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     folder.write_atomically(run_dir / f"{name}.jsonl", text.encode())

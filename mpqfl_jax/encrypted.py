@@ -424,6 +424,34 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
   return Protocol(set_up, _SEAL_BYTES[chosen.keys], combine)
 
 
+def keys_for(chosen: Options, clients: int) -> SetUp:
+  """What it costs until each of so many clients has its keys.
+
+  Pairs of their own (`per_client`) are made here for three clients, and counted
+  for all: each takes what any other takes. A joint key (`threshold`) is that of
+  one round in which all of them take part.
+
+  Args:
+    chosen: the defence's parameters.
+    clients: that need keys.
+
+  Raises:
+    UserError: parameters that are not sound for so many.
+  """
+  params = _parameters(chosen, clients)
+  if chosen.keys == "threshold":
+    return _with_group(params, range(clients)).made
+  tries = 3
+  start = time.perf_counter()
+  pairs = [he.key_pair(params) for _ in range(tries)]
+  each = (time.perf_counter() - start) / tries
+  public = len(pairs[0].public.serialized)
+  if chosen.keys == "per_client":
+    return SetUp(clients, clients * each, clients * public)
+  handed = len(pairs[0].serialized) + public + _SEAL_BYTES["per_client"]
+  return SetUp(1, each, (clients - 1) * handed)
+
+
 def seen_alone(chosen: Options, update: Update) -> Seen:
   """What the server has of one client's update, outside of any round.
 

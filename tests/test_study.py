@@ -101,6 +101,24 @@ def pretend(values, data=None):
       )
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (place / "attacks.jsonl").write_text(text)
+  if values.task == "costs":
+    cost = {
+      "uplink_bytes": 1234,
+      "downlink_bytes": 4321,
+      "train_seconds": 0.25,
+      "send_seconds": 0.002,
+      "server_seconds": 0.0125,
+      "keys": [
+        {"clients": 70, "pairs": 70, "seconds": 3.5, "bytes": 5_000_000}
+      ],
+    }
+    rows = [
+      {"dataset": values.dataset, "defense": spec, **cost}
+      for spec in values.defense
+    ]
+    (place / "costs.jsonl").write_text(
+      "".join(json.dumps(row) + "\n" for row in rows)
+    )
   guess = {"psnr_db_median": 12.0, "ssim_median": 0.1}
   summary = {
     "defenses": entries,
@@ -127,7 +145,7 @@ def test_the_grid_is_the_product(tmp_path):
     tiny(tmp_path, study_batches="1,2", attack="dlg,map", study_seeds="0,5")
   )
   train = [c for c in cells if c.config.task == "train"]
-  assert len(train) == 2 * 3 and len(cells) == len(train) + 2 * 2 * 2
+  assert len(train) == 2 * 3 and len(cells) == len(train) + 2 * 2 * 2 + 1
   assert {(c.config.seed, c.config.defense) for c in train} == {
     (seed, (d,)) for seed in (0, 5) for d in DEFENSES
   }
@@ -179,7 +197,7 @@ def test_cells_that_are_there_are_not_run_again(tmp_path):
     tiny(tmp_path / "s", resume=True),
     lambda values, data: rest.append(values.output_dir) or pretend(values),
   )
-  assert len(ran) == 3 and len(rest) == 2 * 3 + 2 - 3
+  assert len(ran) == 3 and len(rest) == 2 * 3 + 2 + 1 - 3
   assert not set(ran) & set(rest)
   with pytest.raises(errors.UserError, match="another config"):
     study.run(tiny(tmp_path / "s", resume=True, rounds=5), pretend)
@@ -200,7 +218,30 @@ def test_the_folder_holds_what_scripts_rely_on(pretended):
   assert [p["defense"] for p in points] == [*DEFENSES]
   assert points[0]["adaptive"]["images"] == 2
   assert points[0]["references"]["mean_image"]["psnr_db_median"] == 12.0
-  assert summary["cells"] == 2 * 3 + 4 and summary["commits"] == ["c0ffee"]
+  assert summary["cells"] == 2 * 3 + 4 + 1 and summary["commits"] == ["c0ffee"]
+
+
+def test_costs_stand_beside_what_they_buy(pretended):
+  text = page.markdown(pretended)
+  heading = next(line for line in text.splitlines() if "Downlink" in line)
+  assert "Strongest attack, dB" in heading and "Accuracy" in heading
+  (row,) = (
+    line
+    for line in text.splitlines()
+    if line.startswith("| paper | ") and "1,234" in line
+  )
+  for cell in (
+    "4,321",
+    "250",
+    "2.00",
+    "12.5",
+    "3.5 s, 5 MB for 70",
+    "no proof",
+  ):
+    assert f" {cell} |" in row
+  assert row.endswith(" 10.5 |")
+  html_text = (pretended / "report.html").read_text()
+  assert 'id="costs"' in html_text and "3.5 s, 5 MB for 70" in html_text
 
 
 def test_the_page_has_every_part_and_loads_nothing(pretended):
@@ -257,7 +298,7 @@ def test_costs_of_encryption_are_checked(tmp_path):
   assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "full"])
+@pytest.mark.parametrize("name", ["smoke", "laptop", "baselines", "full"])
 def test_the_flag_files_are_studies(name):
   with flagsaver.flagsaver():
     path = config.FLAGS_DIR / f"study_{name}.flags"
@@ -270,7 +311,7 @@ def test_the_flag_files_are_studies(name):
 def test_a_study_from_end_to_end(tmp_path):
   run = main.run(tiny(tmp_path / "s", attack_rounds="2"))
   summary = json.loads((run / "summary.json").read_text())
-  assert summary["cells"] == 2 * 3 + 1 + 2
+  assert summary["cells"] == 2 * 3 + 1 + 2 + 1
   assert (run / "report.html").stat().st_size > 10_000
   twins = json.loads((run / "evidence.json").read_text())["twins"]
   assert twins[0]["watched"] == twins[0]["unwatched"]

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT = (
   *("config.json", "summary.json", "metrics.jsonl", "attacks.jsonl"),
   *("scaling.jsonl", "study.jsonl", "training.jsonl", "evidence.json"),
+  "costs.jsonl",
 )
 # Larger files are compressed.
 MOST_BYTES = 1_000_000

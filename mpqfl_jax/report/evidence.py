@@ -38,6 +38,7 @@ class Results(NamedTuple):
       by an adversary and of the same run `unwatched`.
     encryption: rows of `python -m benchmarks.encryption`, None where none were
       given.
+    costs: a line for each data set and defence, as in `costs.jsonl`.
   """
 
   training: Sequence[Line]
@@ -45,6 +46,7 @@ class Results(NamedTuple):
   references: dict[str, dict[str, Line]]
   twins: Sequence[Line] = ()
   encryption: Sequence[Line] | None = None
+  costs: Sequence[Line] = ()
 
 
 class Interval(NamedTuple):

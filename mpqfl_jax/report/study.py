@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mpqfl_jax import errors
 from mpqfl_jax.report import (
   claims,
+  costs,
   evidence,
   figures,
   findings,
@@ -42,6 +43,7 @@ class _Row(NamedTuple):
   blind_attack: str
   adaptive: str
   adaptive_attack: str
+  strongest: str
   success: str
   interval: str
   pareto: str
@@ -51,6 +53,13 @@ class _Table(NamedTuple):
   dataset: str
   rows: list[_Row]
   references: list[tuple[str, str, str]]
+
+
+class _Costs(NamedTuple):
+  """What the defences of a data set cost, and what that buys."""
+
+  dataset: str
+  rows: list[tuple[costs.Row, _Row]]
 
 
 class Study(NamedTuple):
@@ -95,6 +104,7 @@ def read(run_dir: str | pathlib.Path) -> Study:
       references=rest["references"],
       twins=rest["twins"],
       encryption=rest["encryption"],
+      costs=records.lines(folder / "costs.jsonl"),
     ),
   )
 
@@ -119,6 +129,21 @@ def markdown(run_dir: str | pathlib.Path) -> str:
     lines += [
       f"| _{name}_ | | | {psnr} | {psnr} | | no attack |"
       for name, psnr, _ in table.references
+    ]
+  for paid in _costs(study):
+    names = costs.HEADINGS
+    lines += [
+      "",
+      f"| {paid.dataset} | Accuracy, % | {names.uplink} | {names.downlink} |"
+      f" {names.train} | {names.send} | {names.server} | {names.keys} | ε |"
+      " Strongest attack, dB |",
+      "| :-- | --: | --: | --: | --: | --: | --: | :-- | :-- | --: |",
+    ]
+    lines += [
+      f"| {c.defense} | {row.accuracy} | {c.uplink} | {c.downlink} |"
+      f" {c.train} | {c.send} | {c.server} | {c.keys} | {row.epsilon} |"
+      f" {row.strongest} |"
+      for c, row in paid.rows
     ]
   return "\n".join(lines) + "\n"
 
@@ -168,6 +193,8 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     figure_of=figure,
     frontier=frontier.draw(study.results, folder),
     tables=list(_tables(study)),
+    costs=list(_costs(study)),
+    cost_headings=costs.HEADINGS,
     ablation=[
       (a, *_ablation_text(a)) for a in frontier.ablation(study.results)
     ],
@@ -305,6 +332,7 @@ def _tables(study: Study) -> Iterator[_Table]:
           blind_attack=p.blind.attack if p.blind else "not tried",
           adaptive=_median(p.adaptive),
           adaptive_attack=p.adaptive.attack if p.adaptive else "not tried",
+          strongest=_median(top),
           success=f"{top.rate.successes} of {top.rate.trials}"
           if top
           else tables.MISSING,
@@ -316,6 +344,20 @@ def _tables(study: Study) -> Iterator[_Table]:
       {"references": results.references.get(dataset, {})}
     )
     yield _Table(dataset, rows, references)
+
+
+def _costs(study: Study) -> Iterator[_Costs]:
+  """The costs of each data set that has any, beside the other columns."""
+  for table in _tables(study):
+    found = {row.defense: row for row in table.rows}
+    lines = [
+      line
+      for line in study.results.costs
+      if line["dataset"] == table.dataset and line["defense"] in found
+    ]
+    if lines:
+      pairs = [(row, found[row.defense]) for row in costs.rows(lines)]
+      yield _Costs(table.dataset, pairs)
 
 
 def _proof(line: evidence.Line) -> dict[str, Any]:
