@@ -69,13 +69,17 @@ def attack_all(
       seen[w.split, int(row)] = image
   references = {}
   if seen:
-    mean = built.data.x_train.mean(0) / 255.0
     references = metrics.references(
       np.stack(list(seen.values())),
-      mean.astype(np.float32),
+      mean_image(built),
       setting.rng(config, setting.NOISE_IMAGES),
     )
   return summaries, references
+
+
+def mean_image(built: setting.Setting) -> np.ndarray:
+  """Mean of the training split, [height, width, channels] in [0, 1]."""
+  return (built.data.x_train.mean(0) / 255.0).astype(np.float32)
 
 
 def _summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -83,10 +87,20 @@ def _summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
   if reason is not None:
     names = ("psnr_db_median", "psnr_db_max", "ssim_median", "success_rate")
     return {**dict.fromkeys(names), "reason": reason}
-  return metrics.summarize(
-    np.array([line["psnr_db"] for line in lines]),
-    np.array([line["ssim"] for line in lines]),
-  )
+
+  def of(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return metrics.summarize(
+      np.array([line["psnr_db"] for line in lines]),
+      np.array([line["ssim"] for line in lines]),
+    )
+
+  rounds = sorted({line["round"] for line in lines})
+  if len(rounds) == 1:
+    return of(lines)
+  by_round = {
+    str(r): of([line for line in lines if line["round"] == r]) for r in rounds
+  }
+  return {**of(lines), "rounds": by_round}
 
 
 def make(
@@ -374,6 +388,8 @@ def _attack(
   lines: list[dict[str, Any]] = []
   kept: dict[int, list[tuple]] = {}
   pool = np.asarray(built.data.x_train[: metrics.MAX_CANDIDATES]) / 255.0
+  mean = mean_image(built)
+  noise = setting.rng(config, setting.NOISE_IMAGES)
   for i, (w, (x, y)) in enumerate(zip(watched, truths, strict=True)):
     order = metrics.match(x, found.x[i])
     image, guess = found.x[i][order], found.labels[i][order]
@@ -384,6 +400,10 @@ def _attack(
       "ms_ssim": metrics.ms_ssim(x, image),
     }
     again = metrics.reidentified(x, image, pool.astype(np.float32))
+    guesses = metrics.reference_images(x, mean, noise)
+    best_guess = np.max(
+      [metrics.psnr_db(x, guess) for guess in guesses.values()], 0
+    )
     for j, row in enumerate(w.rows):
       line = {
         **_facts(config, w, label, knowledge, int(row)),
@@ -395,6 +415,8 @@ def _attack(
         "label_correct": bool(guess[j] == y[j]),
         "label_accuracy": metrics.label_accuracy(y, guess),
         "reidentified": bool(again[j]),
+        "candidates": min(len(x) + len(pool), metrics.MAX_CANDIDATES),
+        "guess_psnr_db": folder.number(best_guess[j]),
       }
       folder.append_line(run_dir / "attacks.jsonl", line)
       lines.append(line)
@@ -446,6 +468,8 @@ def _unreadable(
     "label_correct",
     "label_accuracy",
     "reidentified",
+    "candidates",
+    "guess_psnr_db",
   )
   lines = []
   for w in watched:

@@ -76,7 +76,11 @@ def run(
   found, references = adversary.attack_all(config, built, watched, run_dir)
   for spec, entry in entries.items():
     entry["attacks"] = found.get(spec, {})
-  return summary.of_run(config, entries, references, built.float32_bytes, begin)
+  counts = np.bincount(data.y_test)
+  return {
+    **summary.of_run(config, entries, references, built.float32_bytes, begin),
+    "chance_accuracy": float(counts.max() / counts.sum()),
+  }
 
 
 def choose_watched(

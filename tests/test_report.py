@@ -555,20 +555,107 @@ def test_beating_the_references_is_a_leak_in_part(images, tmp_path):
     images,
     tmp_path,
     none=_attacked(**CLEAR),
-    paper=_attacked(blur=0.5, noise=0.2),
+    paper=_attacked(blur=0.5, noise=0.16),
   )
   assert said["paper"].status == "partly"
   assert "beats the best guess" in said["paper"].privacy
   assert "3 of 3 reconstructions" in said["paper"].privacy
 
 
-def _mark_found(folder, defense, count):
+def _mark(folder, defense, change):
+  """Changes lines of `attacks.jsonl` about a defence: (number, line) -> new."""
   path = folder / "attacks.jsonl"
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   own = [line for line in lines if line["defense"] == defense]
   for i, line in enumerate(own):
-    line["reidentified"] = i < count
+    line.update(change(i, line))
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+  ("gain", "updates", "status"),
+  [(0.5, 10, "partly"), (0.1, 2, "stopped"), (-0.5, 10, "stopped")],
+)
+def test_a_small_gain_on_every_update_is_a_leak_and_on_two_is_luck(
+  images, tmp_path, gain, updates, status
+):
+  folder = tmp_path / "run"
+  defenses = {"none": _attacked(**CLEAR), "paper": _attacked(**HIDDEN)}
+  _small(folder, images, defenses=defenses, count=10)
+  _mark(
+    folder,
+    "paper",
+    lambda i, line: {
+      "guess_psnr_db": line["psnr_db"] - gain,
+      "client": i % updates,
+      "reidentified": False,
+    },
+  )
+  said = {v.defense: v for v in findings.verdicts(records.read(folder))}
+  assert said["paper"].status == status
+  words = "beats every guess without an attack on 10 of 10 updates"
+  assert (words in said["paper"].privacy) == (status == "partly")
+  if updates == 2:
+    assert "0 of 10 images of 2 updates" in said["paper"].privacy
+
+
+def test_blind_attacks_rebuilt_none_only_where_none_did(images, tmp_path):
+  def attacks(blind):
+    return {
+      ("dlg", "blind"): blind,
+      ("tag", "blind"): (9.0, 0.9),
+      ("dlg", "adaptive"): (0.0, 0.002),
+    }
+
+  _, said = _say(
+    images,
+    tmp_path,
+    none=(0.9, 1000, None, attacks((0.0, 0.01))),
+    paper=(0.9, 1000, None, attacks((9.0, 0.9))),
+  )
+  assert said["none"].status == said["paper"].status == "leaks"
+  assert "Blind attacks alone rebuilt none" not in said["none"].privacy
+  assert "Blind attacks alone rebuilt none" in said["paper"].privacy
+
+
+def test_rounds_are_told_apart(images, tmp_path):
+  """A median over early and late weights is the score of neither."""
+  folder = tmp_path / "run"
+  _small(folder, images, defenses={"none": _attacked(**CLEAR)}, count=4)
+  _mark(
+    folder,
+    "none",
+    lambda i, line: {
+      "round": 1 if i < 2 else 45,
+      "psnr_db": 60.0 if i < 2 else 12.0,
+    },
+  )
+  summary = json.loads((folder / "summary.json").read_text())
+  found = summary["defenses"]["none"]["attacks"]["dlg"]["blind"]
+  found["rounds"] = {
+    "1": {**found, "psnr_db_median": 60.0, "success_rate": 1.0},
+    "45": {**found, "psnr_db_median": 12.0, "success_rate": 0.0},
+  }
+  (folder / "summary.json").write_text(json.dumps(summary))
+  run = records.read(folder)
+  (row,) = tables.rows(run.summary)
+  assert row.attack == "dlg, blind, round 1" and row.psnr == "60.0"
+  text = findings.headline(run)[0]
+  assert "dlg (blind, round 1) rebuilt 2 of 2 images" in text
+  page = html.write(folder).read_text()
+  assert "blind, round 1<" in page and "blind, round 45<" in page
+
+
+def test_a_run_that_learnt_nothing_says_so(images, tmp_path):
+  folder = tmp_path / "run"
+  _small(folder, images, defenses={"none": _attacked(**CLEAR)})
+  summary = json.loads((folder / "summary.json").read_text())
+  summary["defenses"]["paper"] = dict(summary["defenses"]["none"])
+  for chance, said in ((0.11, False), (0.89, True)):
+    summary["chance_accuracy"] = chance
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = " ".join(findings._prices(summary, {"none": "", "paper": "p"}))
+    assert ("nothing was learnt" in text) == said
 
 
 @pytest.mark.parametrize(
@@ -585,7 +672,7 @@ def test_finding_two_originals_again_is_a_leak(
   folder = tmp_path / "run"
   defenses = {"none": _attacked(**CLEAR), "paper": _attacked(**HIDDEN)}
   _small(folder, images, defenses=defenses)
-  _mark_found(folder, "paper", found)
+  _mark(folder, "paper", lambda i, line: {"reidentified": i < found})
   said = {v.defense: v for v in findings.verdicts(records.read(folder))}
   assert said["paper"].status == status
   assert words in said["paper"].privacy

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.stats
 
 from mpqfl_jax import metrics, specs
-from mpqfl_jax.report import evidence, style, tables
+from mpqfl_jax.report import evidence, findings, style, tables
 from mpqfl_jax.report.evidence import Results
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
@@ -28,7 +28,7 @@ HOLDS, FAILS, OPEN = "holds", "fails", "open"
 LEAKS_FROM = 0.05
 STOPPED_TO = 0.2
 # More than this above the best guess without an attack, and something shows.
-SHOWS_DB = 3.0
+SHOWS_DB = findings.SHOWS_DB
 # The largest loss of accuracy that counts as minimal, points.
 MINIMAL_POINTS = 1.0
 MIN_SEEDS = 3

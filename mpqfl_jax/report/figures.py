@@ -34,6 +34,10 @@ class Figure(NamedTuple):
   width: int
 
 
+# Accuracy axes span this many points at least.
+_LEAST_POINTS = 4
+
+
 def write(run: records.Run) -> dict[str, list[Figure]]:
   """Draws every figure that the run has data for.
 
@@ -199,9 +203,12 @@ def _tradeoff(
       ax.set_xlim(0, max(ax.get_xlim()[1], 26))
   axes[0].set_ylabel("Test accuracy, %", fontsize=10)
   values = [y for points in panels for _, y in points.values()]
-  room = 0.2 * max(max(values) - min(values), 1)
+  # Differences of a fraction of a point must not fill the panel.
+  missing = max(0, _LEAST_POINTS - (max(values) - min(values))) / 2
+  low, high = min(values) - missing, max(values) + missing
+  room = 0.2 * (high - low)
   # Room below and above for labels; the references are written at the top.
-  axes[0].set_ylim(min(values) - room, max(values) + 1.6 * room)
+  axes[0].set_ylim(low - room, high + 1.6 * room)
   rules, notes = _references(axes[-1], run) if privacy else ([], [])
   fig.canvas.draw()
   # From here on the layout stands still: labels are placed in pixels.

@@ -8,6 +8,9 @@ nothing about any defence.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.stats
+
 from mpqfl_jax import errors, metrics
 from mpqfl_jax.report import records, style, tables
 
@@ -31,12 +34,40 @@ class Verdict(NamedTuple):
   cost: str
 
 
+class _Count(NamedTuple):
+  """Hits among trials, and the probability of as many by luck."""
+
+  hits: int
+  trials: int
+  luck: float
+
+
 class _Score(NamedTuple):
+  """One attack on one defence.
+
+  Attributes:
+    cell, name: which.
+    rate: of images that count as rebuilt.
+    images: how many there are, in words.
+    spotted, above: see the functions of these names.
+    median: PSNR, dB.
+  """
+
   cell: records.Cell
   name: str
   rate: metrics.Rate
-  found: int
+  images: str
+  spotted: _Count
+  above: _Count
   median: float
+
+
+# What luck would do this rarely, over all attacks on a defence, is not luck.
+LUCK = 0.002
+# A median this far above the best guess shows something of the images.
+SHOWS_DB = 3.0
+# Accuracy this far above guessing, a share, is learning.
+LEARNT = 0.03
 
 
 def verdicts(run: records.Run) -> list[Verdict]:
@@ -89,18 +120,18 @@ def best_reference(summary: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def attack_rate(
-  run: records.Run, defense: str, attack: str, knowledge: str
+  run: records.Run, defense: str, cell: records.Cell
 ) -> metrics.Rate:
   """Successes among the reconstructions in `attacks.jsonl`.
 
   Raises:
     UserError: there is none, though the summary speaks of the attack.
   """
-  lines = attack_lines(run, defense, attack, knowledge)
+  lines = attack_lines(run, defense, cell)
   if not lines:
     raise errors.UserError(
-      f"{run.folder / 'attacks.jsonl'} holds no line of {attack} ({knowledge})"
-      f" on {defense}, which summary.json lists; the files are not of one run."
+      f"{run.folder / 'attacks.jsonl'} holds no line of {_name(cell)} on"
+      f" {defense}, which summary.json lists; the files are not of one run."
     )
   # A reconstruction without a PSNR failed.
   values = [line.get("psnr_db") for line in lines]
@@ -109,15 +140,21 @@ def attack_rate(
 
 
 def attack_lines(
-  run: records.Run, defense: str, attack: str, knowledge: str
+  run: records.Run, defense: str, cell: records.Cell
 ) -> list[dict[str, Any]]:
   """The lines of `attacks.jsonl` about one attack on one defence."""
-  key = (defense, attack, knowledge)
+  key = (defense, cell.attack, cell.knowledge)
   return [
     line
     for line in run.attacks
     if (line["defense"], line["attack"], line["knowledge"]) == key
+    and cell.round in (None, line["round"])
   ]
+
+
+def _name(cell: records.Cell) -> str:
+  where = "" if cell.round is None else f", round {cell.round}"
+  return f"{cell.attack} ({cell.knowledge}{where})"
 
 
 def interval(rate: metrics.Rate) -> str:
@@ -132,12 +169,58 @@ def _scores(
   for cell in records.cells(entry):
     if cell.reason is not None:
       continue
-    lines = attack_lines(run, defense, cell.attack, cell.knowledge)
-    rate = attack_rate(run, defense, cell.attack, cell.knowledge)
-    found = sum(bool(line.get("reidentified")) for line in lines)
-    name = f"{cell.attack} ({cell.knowledge})"
-    out.append(_Score(cell, name, rate, found, cell.psnr_db_median or 0.0))
+    lines = attack_lines(run, defense, cell)
+    rate = attack_rate(run, defense, cell)
+    out.append(
+      _Score(
+        cell,
+        _name(cell),
+        rate,
+        _images(lines),
+        _spotted(lines),
+        _above(lines),
+        cell.psnr_db_median or 0.0,
+      )
+    )
   return out
+
+
+def _images(lines: Sequence[dict[str, Any]]) -> str:
+  """How many there are, and of how many updates where those have several.
+
+  Images of one update are rebuilt, or not, together.
+  """
+  count = len(lines)
+  updates = len({(line.get("round"), line.get("client")) for line in lines})
+  text = f"{count} image{'' if count == 1 else 's'}"
+  if updates == count:
+    return text
+  return f"{text} of {updates} update{'' if updates == 1 else 's'}"
+
+
+def _spotted(lines: Sequence[dict[str, Any]]) -> _Count:
+  """Reconstructions that lie nearest to their original."""
+  hits = sum(bool(line.get("reidentified")) for line in lines)
+  among = min(
+    line.get("candidates") or metrics.MAX_CANDIDATES for line in lines
+  )
+  return _count(hits, len(lines), 1 / among)
+
+
+def _above(lines: Sequence[dict[str, Any]]) -> _Count:
+  """Updates whose images, on average, beat every guess without an attack."""
+  gains: dict[tuple, list[float]] = {}
+  for line in lines:
+    update = gains.setdefault((line.get("round"), line.get("client")), [])
+    if line.get("guess_psnr_db") is not None:
+      update.append((line.get("psnr_db") or 0.0) - line["guess_psnr_db"])
+  hits = sum(bool(gain) and np.mean(gain) > 0 for gain in gains.values())
+  return _count(int(hits), len(gains), 0.5)
+
+
+def _count(hits: int, trials: int, chance: float) -> _Count:
+  test = scipy.stats.binomtest(hits, trials, chance, alternative="greater")
+  return _Count(hits, trials, float(test.pvalue))
 
 
 def _verdict(
@@ -160,7 +243,7 @@ def _verdict(
   if through:
     worst = max(through, key=lambda s: (s.median, s.rate.rate))
     text = (
-      f"{worst.name} rebuilt {_of(worst.rate)} to {metrics.SUCCESS_DB:.0f} dB"
+      f"{worst.name} rebuilt {_of(worst)} to {metrics.SUCCESS_DB:.0f} dB"
       f" or better (95% interval {interval(worst.rate)}), median"
       f" {worst.median:.1f} dB."
     )
@@ -169,25 +252,31 @@ def _verdict(
   top = max(scores, key=lambda s: s.median)
   none_good = (
     f"No attack brought any image to {metrics.SUCCESS_DB:.0f} dB"
-    f" ({_of(top.rate)} by {top.name}, 95% interval {interval(top.rate)})"
+    f" ({_of(top)} by {top.name}, 95% interval {interval(top.rate)})"
   )
   reference = best_reference(run.summary)
-  above = reference is not None and top.median > reference[1]
-  spotted = max(scores, key=lambda s: s.found)
-  # One alone may be luck: guessing finds one in as many as there are
-  # candidates, and a run makes many guesses.
-  surely = spotted.found >= min(2, spotted.rate.trials)
-  if above or surely:
+  rare = LUCK / len(scores)
+  shows = reference is not None and top.median > reference[1] + SHOWS_DB
+  steady = min(scores, key=lambda s: s.above.luck)
+  surely_above = steady.above.luck <= rare
+  spotted = min(scores, key=lambda s: s.spotted.luck)
+  surely_spotted = spotted.spotted.luck <= rare
+  if shows or surely_above or surely_spotted:
     text = none_good + "."
-    if above and reference is not None:
+    if shows and reference is not None:
       text += (
         f" But the median of {top.name}, {top.median:.1f} dB, beats the best"
         f" guess without an attack ({reference[0]}, {reference[1]:.1f} dB)."
       )
-    if surely:
+    elif surely_above:
       text += (
-        f" {spotted.found} of {spotted.rate.trials} reconstructions by"
-        f" {spotted.name} lie nearer to their original than to any other"
+        f" But {steady.name} beats every guess without an attack on"
+        f" {steady.above.hits} of {steady.above.trials} updates."
+      )
+    if surely_spotted:
+      text += (
+        f" {spotted.spotted.hits} of {spotted.spotted.trials} reconstructions"
+        f" by {spotted.name} lie nearer to their original than to any other"
         " candidate image."
       )
     return verdict("partly", "Leaks in part", text)
@@ -205,13 +294,16 @@ def _verdict(
   text = f"{none_good}."
   if reference is not None:
     text += (
-      f" The highest median, {top.median:.1f} dB, is no better than a guess"
-      f" without an attack ({reference[0]}, {reference[1]:.1f} dB)."
+      f" The highest median, {top.median:.1f} dB, is"
+      f" {_beside(top.median - reference[1])} a guess without an attack"
+      f" ({reference[0]}, {reference[1]:.1f} dB)."
     )
-  if spotted.found:
+  found = spotted.spotted
+  if found.hits:
+    lie = "lies" if found.hits == 1 else "lie"
     text += (
-      f" {spotted.found} of {spotted.rate.trials} reconstructions by"
-      f" {spotted.name} lies nearest to its original, which may be chance."
+      f" {found.hits} of {found.trials} reconstructions by {spotted.name} {lie}"
+      " nearest to the original, which may be chance."
     )
   if any(s.cell.knowledge != "blind" for s in tried):
     text += " Attacks that were not tried may still succeed."
@@ -223,10 +315,8 @@ def _verdict(
 
 
 def _blind_contrast(scores: Sequence[_Score], worst: _Score) -> str:
-  blind = [
-    s for s in scores if s.cell.knowledge == "blind" and s.rate.successes == 0
-  ]
-  if worst.cell.knowledge == "blind" or not blind:
+  blind = [s for s in scores if s.cell.knowledge == "blind"]
+  if not blind or any(s.rate.successes for s in blind):
     return ""
   best = max(blind, key=lambda s: s.median)
   return (
@@ -276,6 +366,13 @@ def _prices(summary: dict[str, Any], labels: dict[str, str]) -> list[str]:
     )
     if high is not low:
       text += f", {labels[high.defense]} {_reaches(high)}"
+    chance = summary.get("chance_accuracy")
+    if chance is not None and baseline < chance + LEARNT:
+      text += (
+        f". Guessing the most frequent class reaches {tables.percent(chance)}%:"
+        " nothing was learnt, and what a defence costs in accuracy cannot be"
+        " read from this run"
+      )
     out.append(text + ".")
   sent = [
     r
@@ -322,9 +419,13 @@ def _amount(row: tables.Row) -> str:
   return "as much" if row.ratio == tables.EQUAL else row.ratio
 
 
-def _of(rate: metrics.Rate) -> str:
-  plural = "" if rate.trials == 1 else "s"
-  return f"{rate.successes} of {rate.trials} image{plural}"
+def _of(score: _Score) -> str:
+  return f"{score.rate.successes} of {score.images}"
+
+
+def _beside(difference_db: float) -> str:
+  """How a median compares with a guess that it does not clearly beat."""
+  return "no better than" if difference_db <= 0 else "hardly above"
 
 
 def _phrase(verdict: Verdict) -> str:

@@ -102,8 +102,8 @@ def _lines(run: records.Run, table: list[tables.Row]) -> Iterator[_Line]:
     counted = interval = ""
     attack, knowledge = row.attack, ""
     if top is not None:
-      attack, knowledge = top.attack, top.knowledge
-      rate = findings.attack_rate(run, row.defense, top.attack, top.knowledge)
+      attack, knowledge = top.attack, _knowledge(top)
+      rate = findings.attack_rate(run, row.defense, top)
       counted = f"{rate.successes} of {rate.trials}"
       interval = findings.interval(rate)
     base = style.family(row.defense)
@@ -124,10 +124,10 @@ def _lines(run: records.Run, table: list[tables.Row]) -> Iterator[_Line]:
 def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
   for defense, entry in run.summary["defenses"].items():
     for cell in records.cells(entry):
-      lines = findings.attack_lines(run, defense, cell.attack, cell.knowledge)
+      lines = findings.attack_lines(run, defense, cell)
       success, interval = cell.reason or "", ""
       if cell.reason is None:
-        rate = findings.attack_rate(run, defense, cell.attack, cell.knowledge)
+        rate = findings.attack_rate(run, defense, cell)
         success = f"{rate.successes} of {rate.trials}"
         interval = findings.interval(rate)
       inferred = [line for line in lines if not line.get("labels_known")]
@@ -136,7 +136,7 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
         family=style.family(defense),
         parameters=defense[len(style.family(defense)) :],
         attack=cell.attack,
-        knowledge=cell.knowledge,
+        knowledge=_knowledge(cell),
         images=len(lines),
         success=success,
         interval=interval,
@@ -147,6 +147,11 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
         reidentified=_share(lines, "reidentified"),
         seconds=f"{np.median(seconds):.2g}" if seconds else tables.MISSING,
       )
+
+
+def _knowledge(cell: records.Cell) -> str:
+  where = "" if cell.round is None else f", round {cell.round}"
+  return f"{cell.knowledge}{where}"
 
 
 def _settings(run: records.Run) -> Iterator[_Setting]:

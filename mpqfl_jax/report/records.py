@@ -61,6 +61,7 @@ class Cell(NamedTuple):
     psnr_db_median, psnr_db_max, ssim_median, success_rate: its values; None
       where the run wrote null.
     reason: why there is nothing to measure, None where there is.
+    round: of the attacked updates, None where all are of one.
   """
 
   attack: str
@@ -70,6 +71,7 @@ class Cell(NamedTuple):
   ssim_median: float | None
   success_rate: float | None
   reason: str | None = None
+  round: int | None = None
 
 
 def read(run_dir: str | pathlib.Path) -> Run:
@@ -154,16 +156,22 @@ def reconstructions(path: pathlib.Path) -> Reconstructions:
 
 
 def cells(entry: dict[str, Any]) -> Iterator[Cell]:
-  """The attacks on one defence.
+  """The attacks on one defence, one a round where there were several.
+
+  Early weights give away more than late ones: a median over both would be the
+  score of neither.
 
   Args:
     entry: a value of `summary["defenses"]`.
   """
   for attack, regimes in (entry.get("attacks") or {}).items():
     for knowledge, values in regimes.items():
-      yield Cell(
-        attack, knowledge, *(values.get(name) for name in Cell._fields[2:])
-      )
+      rounds = values.get("rounds") or {None: values}
+      for number, found in rounds.items():
+        cell = Cell(
+          attack, knowledge, *(found.get(n) for n in Cell._fields[2:-1])
+        )
+        yield cell if number is None else cell._replace(round=int(number))
 
 
 def strongest(entry: dict[str, Any]) -> Cell | None:
