@@ -4,7 +4,7 @@ Nothing stays on the disk. Seconds and memory are measured, not modelled: two
 rounds run for each defence, the second of which is timed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import pathlib
@@ -16,7 +16,14 @@ import numpy as np
 
 from experiments import folder, setting, summary
 from experiments.config import Config
-from mpqfl_jax import columns, datasets, defenses, federated, precision
+from mpqfl_jax import (
+  accounting,
+  columns,
+  datasets,
+  defenses,
+  federated,
+  precision,
+)
 from mpqfl_jax.types import Cohort, Examples, Update
 
 ROUNDS = 2
@@ -45,6 +52,7 @@ def text(
     f" {built.plan.reason}",
     f"  examples: {len(built.data.y_train):,} to train on,"
     f" {len(built.data.y_test):,} to test on, from {built.data.source}",
+    f"  clients: {_population(built)}",
   ]
   for spec in config.defense:
     # As it is for one tree: the setting's sends SCAFFOLD's variates, too.
@@ -54,10 +62,58 @@ def text(
       "",
       f"What a client sends under {spec}:",
       precision.table(defense.codec, update, jax.random.key(config.seed)),
+      *_noise(config, built, defense),
     ]
   if config.task == "train":
     lines += ["", *_costs(config, built, measure)]
   return "\n".join(lines)
+
+
+def _population(built: setting.Setting) -> str:
+  sizes = built.clients.sizes
+  held = len(np.unique(built.clients.order))
+  text = (
+    f"{len(sizes):,} of {sizes.min():,} to {sizes.max():,} examples, half of"
+    f" them of at most {int(np.median(sizes)):,}"
+  )
+  if held < sizes.sum():
+    text += f"; {held:,} different ones, held by several"
+  return text
+
+
+def _noise(
+  config: Config, built: setting.Setting, defense: defenses.Defense
+) -> Iterator[str]:
+  """What a mechanism with a proof adds, and what it proves by the end."""
+  proof = defense.guarantee
+  if proof is None:
+    return
+  clips = [norm for norm in defense.clips if np.isfinite(norm)]
+  words = []
+  if clips:
+    words.append(f"clipped to a norm of {clips[0]:g}")
+  if defense.noise_stddev:
+    words.append(f"noise of deviation {defense.noise_stddev:.3g} on each entry")
+  for part, what in (
+    (defense.sgd, "each example's gradient"),
+    (defense.central, "the sum, at a trusted server"),
+  ):
+    if part is not None:
+      words.append(
+        f"clip {part.clip:g} and {part.noise_multiplier:.3g} times as much"
+        f" noise on {what}"
+      )
+  if defense.noise_in_codec:
+    words.append("the codes are drawn at random")
+  ledger = built.protocol.ledger
+  yield (
+    f"{'; '.join(words)}. Epsilon {defense.epsilon(ledger, config.delta):.3g}"
+    f" at delta {config.delta:g} by the end ({proof.model} model, about one"
+    f" {proof.unit}), for the client that sends most:"
+    f" {accounting.most_releases(ledger)} times."
+  )
+  if defense.noise_stddev or defense.sgd is not None:
+    yield "The table is of the update with its noise."
 
 
 def _flag(value: object) -> str:

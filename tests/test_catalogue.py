@@ -4,8 +4,16 @@ import re
 
 import pytest
 
-from experiments import catalogue
-from mpqfl_jax import attacks, datasets, defenses, models, precision
+from experiments import catalogue, config, dry_run, setting
+from mpqfl_jax import (
+  accounting,
+  attacks,
+  datasets,
+  defenses,
+  errors,
+  models,
+  precision,
+)
 from tests.test_experiments import SMALL, execute
 
 
@@ -29,6 +37,19 @@ def test_one_table_by_its_heading():
   assert catalogue.text(["attacks"]).startswith("Attacks (--attack)\n  dlg ")
   assert "lenet_zhu" not in catalogue.text(["attacks"])
   assert "lenet_zhu" in catalogue.text(["attacks", "models"])
+
+
+def test_entries_by_a_part_of_their_names():
+  text = catalogue.text(["dp"])
+  names = re.findall(r"^  (\w+) ", text, re.MULTILINE)
+  assert names == [n for n in defenses.TRANSFORMING if n.startswith("dp_")]
+  assert text.startswith("Other defences (--defense)\n")
+  both = catalogue.text(["int4", "models"])
+  assert "lenet_zhu" in both and "  int4 " in both and "  int8 " not in both
+  with pytest.raises(errors.UserError, match=r"Expected a table .*such as dp"):
+    catalogue.text(["foo"])
+  with pytest.raises(errors.UserError, match="Did you mean 'dp_gaussian'"):
+    catalogue.text(["dp_gausian"])
 
 
 def test_the_command(capfd):
@@ -66,6 +87,29 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, capfd, task):
   for _, one, whole in costs:
     assert float(whole) >= 40 * float(one) - 1
   assert "Peak memory of the process" in said.out
+
+
+def test_a_dry_run_says_what_noise_an_epsilon_takes():
+  values = config.make(
+    model="mlp",
+    num_clients=50,
+    cohort_size=5,
+    rounds=3,
+    defense="dp_gaussian(clip=2,epsilon=8),dp_sgd(noise_multiplier=3),int4",
+  )
+  built = setting.build(values)
+  gaussian, sgd, quantiser = (
+    " ".join(dry_run._noise(values, built, d)) for d in built.defenses
+  )
+  stddev = built.defenses[0].noise_stddev
+  assert f"norm of 2; noise of deviation {stddev:.3g} on each entry" in gaussian
+  most = accounting.most_releases(built.protocol.ledger)
+  assert "Epsilon 8 at delta 1e-05" in gaussian
+  assert f"for the client that sends most: {most} times" in gaussian
+  assert "3 times as much noise on each example's gradient" in sgd
+  assert "about one example" in sgd
+  assert quantiser == ""
+  assert "50 of 120 to 120 examples" in dry_run._population(built)
 
 
 def test_a_dry_run_refuses_what_consists_of_runs(capfd):

@@ -399,7 +399,7 @@ def test_the_settings_and_the_configuration_are_printed(run):
     "initial weights",
     "labels known",
     "labels inferred",
-    "300 iterations, 2 restarts",
+    "within 300 iterations, 2 restarts",
     "0123456789abcdef",
     "versions.jax",
   ):

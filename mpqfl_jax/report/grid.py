@@ -99,11 +99,16 @@ def describe(lines: Sequence[dict[str, Any]]) -> list[str]:
   for known in values("labels_known"):
     out.append("labels known" if known else "labels inferred")
   if values("iterations"):
-    text = f"at most {max(values('iterations'))} iterations"
+    text = f"ended within {max(values('iterations'))} iterations"
     if values("restarts") not in ([], [1]):
       text += f", {joined('restarts')} restarts"
     out.append(text)
   return out
+
+
+def _title(first: records.Reconstructions) -> str:
+  """The attack, and the round where there was training."""
+  return first.attack + (f", round {first.round}" if first.round else "")
 
 
 class Layout(NamedTuple):
@@ -235,9 +240,7 @@ def draw(
       weight=bold,
     )
 
-  write(
-    _MARGIN, _MARGIN, f"{first.attack}, round {first.round}", 12, weight="bold"
-  )
+  write(_MARGIN, _MARGIN, _title(first), 12, weight="bold")
   for i, text in enumerate(heading):
     write(_MARGIN, _MARGIN + 48 + 32 * i, text, 9, color=style.MUTED)
   name_entry(0, "original", None)
@@ -295,7 +298,7 @@ def draw(
   where = "first column, right of" if plan.turned else "first row, below"
   return Drawn(
     figure=fig,
-    title=f"{first.attack}, round {first.round}",
+    title=_title(first),
     alt=(
       f"Grid of images: the originals in the {where} them what the attack"
       " rebuilt. " + "; ".join(said) + "."

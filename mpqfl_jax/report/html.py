@@ -166,7 +166,7 @@ def _settings(run: records.Run) -> Iterator[_Setting]:
     yield _Setting(
       attack,
       knowledge,
-      ", ".join(str(r) for r in rounds),
+      ", ".join(str(r) for r in rounds if r) or tables.MISSING,
       "; ".join(grid.describe(lines)),
     )
 
