@@ -36,7 +36,7 @@ typecheck: setup
 PEERS ?= qwix torch breaching fedjax pfl flower
 qwix_packages := qwix==0.1.8
 torch_packages := torch==2.14.1
-breaching_packages := breaching==0.1.2
+breaching_packages := breaching==0.1.2 torch==2.14.1 torchvision==0.29.1
 fedjax_packages := fedjax==0.0.17 jax==0.4.33 jaxlib==0.4.33 \
   dm-haiku==0.0.13 "numpy<2.3"
 pfl_packages := pfl==0.6.0 torch==2.14.1

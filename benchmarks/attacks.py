@@ -2,50 +2,188 @@
 
     python -m benchmarks.attacks --attack=dlg --model=lenet_zhu \
       --dataset=cifar10_sample --images=8 --peers=breaching
+    python -m benchmarks.attacks --suite --json=FILE --page=docs/attacks.md
 
 Every system attacks the same test images at the same weights: the draw of the
-weights alone moves a median by several dB. Each runs in a process of its own,
+weights alone moves a median by several dB. A peer refuses to start where its
+logits or its gradient are not ours. Each system runs in a process of its own,
 one after the other and, with --repeats, over again in turns; the fastest run of
-a system is the one that its row shows. Peers use the settings of their own
-configuration of the attack; ours are the attack's defaults. Starting points are
-drawn by each system itself. A peer is run by the interpreter
-`<peers_dir>/<peer>/bin/python`.
+a system is the one that its row shows. Starting points are drawn by each system
+itself. A peer is run by the interpreter `<peers_dir>/<peer>/bin/python`
+(`make bench-peers`), by its own configuration of the attack; ours are the
+attack's defaults, started as `experiments.main` starts itself, on as many
+devices as there are images, at most --devices; torch gets one thread or
+--devices, whichever is faster in a few steps before.
+
+`iterations` are steps that follow one gradient: of Adam, or of L-BFGS, of which
+an iteration in the peer's configuration of DLG has up to 20. --iterations gives
+all systems as many; 0 leaves each its own default.
+
+--suite runs several comparisons, each written to --json as soon as it is done,
+in the place of an older one of that attack and model; --page puts the table of
+the file's rows between the marks of a page, without --suite from what is there.
 """
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
+import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-PEERS = ("breaching",)
-PEER_MODELS = ("lenet_zhu",)
+from benchmarks import attacks_peers, page
+from mpqfl_jax import errors, host, specs
+
+PEERS = tuple(attacks_peers.SUPPORTED)
+# What the published table compares, in half an hour on two cores.
+SUITE = (
+  "dlg(model=lenet_zhu,images=8),"
+  "inverting_gradients(model=lenet_zhu,images=8,iterations=4800),"
+  "inverting_gradients(model=convnet,images=2,iterations=300),"
+  "inverting_gradients(model=resnet20,images=2,iterations=300),"
+  "inverting_gradients(model=resnet18,images=1,iterations=60),"
+  "rgap(model=cnn6,images=2)"
+)
 Row = dict[str, Any]
+
+
+class Comparison(NamedTuple):
+  """One attack on one model, by all systems.
+
+  Attributes:
+    attack: one of `attacks.ATTACKS`.
+    model: one of `models.MODELS`.
+    images: how many test images, each alone in an update.
+    iterations: steps of every system, 0 for each system's default.
+    labels_known: whether the systems are given the true labels.
+  """
+
+  attack: str
+  model: str
+  images: int
+  iterations: int = 0
+  labels_known: bool = False
+
+
+def suite(text: str, images: int) -> list[Comparison]:
+  """The comparisons that a flag names.
+
+  Labels are known where both systems would read them off the same entries of
+  the last layer otherwise, that is to Inverting Gradients.
+
+  Args:
+    text: such as `dlg(model=lenet_zhu,images=8),rgap(model=cnn6)`.
+    images: where a comparison says nothing of their number.
+
+  Raises:
+    UserError: not of this form, or settings that there are not.
+  """
+  found = []
+  for attack, params in map(specs.parse, specs.split(text)):
+    for name in params:
+      if name not in Comparison._fields[1:]:
+        raise errors.unknown_name(
+          f"setting of {attack!r} in --suite:", name, Comparison._fields[1:]
+        )
+    if "model" not in params:
+      raise errors.UserError(
+        f"--suite: {attack!r} names no model; expected such as"
+        f" {attack}(model=lenet_zhu,images=2)."
+      )
+    known = attack == "inverting_gradients"
+    defaults = {"images": images, "labels_known": known}
+    found.append(Comparison(attack, **(defaults | params)))
+  return found
+
+
+def check(comparison: Comparison, peers: Iterable[str]) -> None:
+  """Refuses what a system cannot run, before anything is run.
+
+  Raises:
+    UserError: unknown names, or a comparison that is not fair or not there.
+  """
+  from mpqfl_jax import attacks, models
+
+  attack, model = comparison.attack, comparison.model
+  if attack not in attacks.ATTACKS:
+    raise errors.unknown_name("attack", attack, attacks.ATTACKS)
+  if model not in models.MODELS:
+    raise errors.unknown_name("model", model, models.MODELS)
+  if comparison.images < 1 or comparison.iterations < 0:
+    raise errors.UserError(
+      f"{attack} with images={comparison.images} and"
+      f" iterations={comparison.iterations}: expected at least 1 image, and 0"
+      " iterations for each system's default or more."
+    )
+  if attack == "rgap" and comparison.iterations:
+    raise errors.UserError(
+      f"--iterations={comparison.iterations}: rgap is a closed form; expected 0"
+    )
+  for peer in peers:
+    if peer not in attacks_peers.SUPPORTED:
+      raise errors.unknown_name("peer", peer, attacks_peers.SUPPORTED)
+    supported = attacks_peers.SUPPORTED[peer]
+    if attack not in supported:
+      raise errors.UserError(
+        f"attack {attack!r} is not compared with {peer}; expected one of:"
+        f" {', '.join(supported)}."
+      )
+    if model not in supported[attack]:
+      raise errors.UserError(
+        f"{attack} on model {model!r} is not compared with {peer}; expected one"
+        f" of: {', '.join(supported[attack])}."
+      )
+    if attack == "dlg" and comparison.labels_known:
+      raise errors.UserError(
+        f"--labels_known: {peer}'s dlg always searches for the labels."
+      )
 
 
 def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import jax
+  import jax.numpy as jnp
 
+  from experiments import folder as folder_lib
   from mpqfl_jax import attacks
+  from mpqfl_jax.types import Observation
 
-  model, params, x = _task(args)
+  model, params, data = _task(args)
   truth = np.load(folder / "task.npz")
-  observation = _observe(model, params, truth["x"], truth["y"])
-  attack = attacks.make(args.attack, model, auxiliary=x)
+  n = len(truth["x"])
+  observation = Observation(
+    jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
+    _updates(model, params, truth["x"], truth["y"]),
+    None,
+    truth["y"].astype(np.int32)[:, None, None] if args.labels_known else None,
+    jnp.ones(n),
+  )
+  settings = {"iterations": args.iterations} if args.iterations else {}
+  attack = attacks.make(
+    args.attack, model, auxiliary=np.asarray(data.x_train), **settings
+  )
   found = attacks.run(
     attack, observation, jax.random.key(args.seed), progress=False
   )
-  _answer(folder, found.x[:, 0], found.iterations.mean(), found.seconds)
-  (folder / "compile.json").write_text(json.dumps(found.compile_seconds))
+  attacks_peers.finish(
+    folder,
+    found.x[:, 0],
+    iterations=found.iterations.mean(),
+    seconds=found.seconds,
+    packages=("mpqfl_jax", "jax"),
+    compile_seconds=found.compile_seconds,
+    commit=folder_lib.environment()["commit"],
+  )
 
 
 def _task(args: argparse.Namespace):
-  """The model, its weights, and the training images."""
+  """The model, its weights, and the data set."""
   import jax
 
   from mpqfl_jax import datasets, models
@@ -59,272 +197,382 @@ def _task(args: argparse.Namespace):
     data.std,
     conv="slices" if jax.default_backend() == "cpu" else "xla",
   )
-  params = model.init(jax.random.key(args.seed))
-  return model, params, np.asarray(data.x_train)
+  return model, model.init(jax.random.key(args.seed)), data
 
 
-def _observe(model, params, x, y):
+def _updates(model, params, x: np.ndarray, y: np.ndarray):
+  """The update of one step at rate 1 on each image, that is its gradient."""
   import jax
   import jax.numpy as jnp
 
   from mpqfl_jax import attacks
-  from mpqfl_jax.types import Observation
 
-  n = len(x)
   one = jax.jit(lambda x, y: attacks.simulate(model, params, x, y, 1.0))
   updates = [
     one(image[None, None], jnp.asarray(label)[None, None])
     for image, label in zip(x, y, strict=True)
   ]
-  return Observation(
-    jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
-    jax.tree.map(lambda *a: np.stack(a), *updates),
-    None,
-    None,
-    jnp.ones(n),
-  )
-
-
-def _answer(folder, x, iterations, seconds) -> None:
-  np.savez(folder / "answer.npz", x=x, iterations=iterations, seconds=seconds)
-
-
-def _breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
-  """Geiping's breaching; imports nothing of this package."""
-  import omegaconf
-  import torch
-
-  # breaching imports torchvision, whose build in the registry is for another
-  # torch than the CPU's and then fails for want of its own operators. Nothing
-  # here calls them.
-  library = torch.library.Library("torchvision", "DEF")
-  for name in ("nms", "qnms"):
-    library.define(
-      f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    )
-  import breaching
-
-  arrays = np.load(folder / "task.npz")
-  height, width, channels = arrays["x"].shape[1:]
-  classes = arrays["w3"].shape[1]
-  layers, last, side = [], channels, (height, width)
-  for i, stride in enumerate((2, 2, 1)):
-    conv = torch.nn.Conv2d(last, 12, 5, padding=2, stride=stride)
-    conv.weight.data = torch.tensor(arrays[f"w{i}"].transpose(3, 2, 0, 1))
-    conv.bias.data = torch.tensor(arrays[f"b{i}"])
-    layers += [conv, torch.nn.Sigmoid()]
-    last, side = 12, tuple(-(-s // stride) for s in side)
-  dense = torch.nn.Linear(12 * side[0] * side[1], classes)
-  # Flattened (row, column, channel) here, (channel, row, column) there.
-  kernel = arrays["w3"].reshape(*side, 12, classes).transpose(3, 2, 0, 1)
-  dense.weight.data = torch.tensor(kernel.reshape(classes, -1).copy())
-  dense.bias.data = torch.tensor(arrays["b3"])
-  model = torch.nn.Sequential(*layers, torch.nn.Flatten(), dense)
-
-  theirs = {"dlg": "deepleakage", "inverting_gradients": "invertinggradients"}
-  cfg = breaching.get_attack_config(theirs[args.attack])
-  setup = {"device": torch.device("cpu"), "dtype": torch.float}
-  torch.manual_seed(args.seed)
-  loss_fn = torch.nn.CrossEntropyLoss()
-
-  center = [float(v) for v in arrays["mean"]]
-  spread = [float(v) for v in arrays["std"]]
-  metadata = omegaconf.OmegaConf.create(
-    {
-      "modality": "vision",
-      "task": "classification",
-      "classes": classes,
-      "shape": [channels, height, width],
-      "normalize": True,
-      "mean": center,
-      "std": spread,
-    }
-  )
-  mean = torch.tensor(center)[None, :, None, None]
-  std = torch.tensor(spread)[None, :, None, None]
-  found, begin = [], time.perf_counter()
-  for image, label in zip(arrays["x"], arrays["y"], strict=True):
-    x = (torch.tensor(image.transpose(2, 0, 1))[None] - mean) / std
-    loss = loss_fn(model(x), torch.tensor([int(label)]))
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    attacker = breaching.attacks.prepare_attack(model, loss_fn, cfg, setup)
-    payload = {
-      "parameters": [p.detach() for p in model.parameters()],
-      "buffers": [],
-      "metadata": metadata,
-    }
-    shared = {
-      "gradients": [g.detach() for g in gradients],
-      "buffers": None,
-      "metadata": {
-        "num_data_points": 1,
-        "labels": None,
-        "local_hyperparams": None,
-      },
-    }
-    answer, _ = attacker.reconstruct([payload], [shared], {}, dryrun=False)
-    z = answer["data"].detach() * std + mean
-    found.append(z[0].permute(1, 2, 0).clip(0, 1).numpy())
-  seconds = time.perf_counter() - begin
-  _answer(folder, np.stack(found), int(cfg.optim.max_iterations), seconds)
+  return jax.tree.map(lambda *a: np.stack(a), *updates)
 
 
 def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
-  """Writes the task that all systems solve: images, labels, weights."""
-  from mpqfl_jax import datasets
+  """Writes the task that all systems solve, and what they have to agree on."""
+  import jax
 
-  model, params, _ = _task(args)
-  data = datasets.load(args.dataset)
+  from mpqfl_jax import trees
+
+  model, params, data = _task(args)
+  rows = slice(args.first, args.first + args.images)
+  x = np.asarray(data.x_test[rows]).astype(np.float32) / 255.0
+  y = np.asarray(data.y_test[rows])
+  if len(x) < args.images:
+    sys.exit(
+      f"--first={args.first}, {args.images} images: {args.dataset} has"
+      f" {len(data.x_test)} test images"
+    )
   arrays = {
-    "x": data.x_test[: args.images].astype(np.float32) / 255.0,
-    "y": data.y_test[: args.images],
+    "x": x,
+    "y": y,
     "mean": model.mean,
     "std": model.std,
+    "logits": np.asarray(jax.jit(model.apply)(params, x)),
   }
-  if args.model in PEER_MODELS:
-    for i, name in enumerate(("conv1", "conv2", "conv3", "dense1")):
-      arrays[f"w{i}"] = np.asarray(params[name]["kernel"])
-      arrays[f"b{i}"] = np.asarray(params[name]["bias"])
+  updates = jax.tree.leaves(_updates(model, params, x, y))
+  leaves = zip(
+    trees.leaf_names(params), jax.tree.leaves(params), updates, strict=True
+  )
+  for name, weights, update in leaves:
+    arrays[f"params/{name}"] = np.asarray(weights)
+    arrays[f"norm/{name}"] = np.linalg.norm(update.reshape(len(x), -1), axis=1)
   np.savez(folder / "task.npz", **arrays)
 
 
 def _worker(args: argparse.Namespace) -> None:
-  folder = pathlib.Path(args.folder)
-  if args.worker == "breaching":
-    _breaching(args, folder)
-    return
   import jax
 
   if args.devices:
-    jax.config.update("jax_num_cpu_devices", args.devices)
-  {"prepare": _prepare, "ours": _ours}[args.worker](args, folder)
+    jax.config.update("jax_num_cpu_devices", min(args.devices, args.images))
+  work = {"prepare": _prepare, "ours": _ours}[args.worker]
+  work(args, pathlib.Path(args.folder))
 
 
-def _run(args: argparse.Namespace, system: str, folder: pathlib.Path) -> None:
-  python = sys.executable
+def _command(
+  args: argparse.Namespace,
+  comparison: Comparison,
+  system: str,
+  folder: pathlib.Path,
+) -> tuple[list[str], dict[str, str]]:
+  """How a system is started, and its environment."""
+  env = dict(os.environ)
+  flags = {
+    "attack": comparison.attack,
+    "model": comparison.model,
+    "iterations": comparison.iterations,
+    "seed": args.seed,
+  }
   if system in PEERS:
-    python = str(pathlib.Path(args.peers_dir) / system / "bin" / "python")
-  command = [
-    python,
-    *([__file__] if system in PEERS else ["-m", "benchmarks.attacks"]),
-    f"--worker={system}",
-    f"--folder={folder}",
-    *(
-      f"--{name}={getattr(args, name)}"
-      for name in (
-        "attack",
-        "model",
-        "dataset",
-        "images",
-        "seed",
-        "devices",
-      )
-    ),
-  ]
-  subprocess.run(command, check=True)
+    python = pathlib.Path(args.peers_dir) / system / "bin" / "python"
+    if not python.exists():
+      sys.exit(f'no {python}: run `make bench-peers PEERS="{system}"` first')
+    start = [str(python), attacks_peers.__file__, system, str(folder)]
+    threads = args.devices or os.cpu_count()
+    flags |= {"labels_known": int(comparison.labels_known), "threads": threads}
+    switches = []
+    # A thread that spins while another program has the core of the one it waits
+    # for makes a search fifty times slower.
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+  else:
+    start = [sys.executable, "-m", "benchmarks.attacks", f"--worker={system}"]
+    flags |= {
+      "folder": folder,
+      "dataset": args.dataset,
+      "images": comparison.images,
+      "first": args.first,
+      "devices": args.devices,
+    }
+    switches = ["--labels_known"] if comparison.labels_known else []
+    env |= host.variables()
+  words = [f"--{name}={value}" for name, value in flags.items()]
+  return [*start, *words, *switches], env
 
 
-def _row(args: argparse.Namespace, system: str, folder: pathlib.Path) -> Row:
+def _run(
+  args: argparse.Namespace,
+  comparison: Comparison,
+  system: str,
+  folder: pathlib.Path,
+) -> None:
+  command, env = _command(args, comparison, system, folder)
+  done = subprocess.run(
+    command,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  if done.returncode:
+    sys.exit(f"{system} failed:\n{done.stdout[-4000:]}")
+
+
+def row(
+  args: argparse.Namespace,
+  comparison: Comparison,
+  system: str,
+  folder: pathlib.Path,
+) -> Row:
+  """What a system reached, from the files that its process left behind."""
   truth = np.load(folder / "task.npz")["x"]
-  answer = np.load(folder / "answer.npz")
-  mse = np.mean((answer["x"] - truth) ** 2, axis=(1, 2, 3))
-  psnr = -10 * np.log10(np.maximum(mse, 1e-12))
-  each = float(answer["seconds"]) / len(truth)
-  compile_file = folder / "compile.json"
-  ours = system == "ours"
+  found = np.load(folder / "answer.npz")["x"]
+  answer = json.loads((folder / "answer.json").read_text())
+  mse = np.mean((found - truth) ** 2, axis=(1, 2, 3), dtype=np.float64)
+  # 100 dB is where the package's own metric ends.
+  psnr = -10 * np.log10(np.maximum(mse, 1e-10))
+  each = answer.pop("seconds") / len(truth)
+  iterations = answer.pop("iterations")
   return {
     "system": system,
-    "version": _version(args, system),
-    "attack": args.attack,
-    "model": args.model,
+    "version": answer.pop("version"),
+    "attack": comparison.attack,
+    "model": comparison.model,
+    "dataset": args.dataset,
+    "first": args.first,
     "images": len(truth),
     "batch_size": 1,
-    "iterations": float(answer["iterations"]),
-    "ms_per_iteration_per_image": 1e3 * each / float(answer["iterations"]),
+    "labels_known": comparison.labels_known,
+    "seed": args.seed,
+    "iterations": iterations,
+    "ms_per_iteration_per_image": 1e3 * each / iterations,
     "seconds_per_image": each,
     "psnr_db_median": float(np.median(psnr)),
     "psnr_db_min": float(psnr.min()),
     "success_rate": float(np.mean(psnr >= 20)),
-    "compile_seconds": json.loads(compile_file.read_text()) if ours else 0.0,
+    "repeats": args.repeats,
+    "devices": args.devices,
+    "cpu": host.processor(),
+    "cores": os.cpu_count(),
+    **answer,
   }
 
 
-def _version(args: argparse.Namespace, system: str) -> str:
-  package = "mpqfl_jax" if system == "ours" else system
-  python = sys.executable
-  if system in PEERS:
-    python = str(pathlib.Path(args.peers_dir) / system / "bin" / "python")
-  code = f"from importlib import metadata; print(metadata.version('{package}'))"
-  done = subprocess.run(
-    [python, "-c", code], check=True, capture_output=True, text=True
-  )
-  return done.stdout.strip()
-
-
-def _parse() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--attack", default="dlg")
-  parser.add_argument("--model", default="lenet_zhu")
-  parser.add_argument("--dataset", default="cifar10_sample")
-  parser.add_argument("--images", type=int, default=8)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--devices", type=int, default=2, help="CPU devices.")
-  parser.add_argument("--repeats", type=int, default=1)
-  parser.add_argument("--peers", default="", help=f"Of: {', '.join(PEERS)}.")
-  parser.add_argument("--peers_dir", default=".venv-peers")
-  parser.add_argument("--json", help="Also write the rows to this file.")
-  parser.add_argument("--worker", help=argparse.SUPPRESS)
-  parser.add_argument("--folder", help=argparse.SUPPRESS)
-  return parser.parse_args()
-
-
-def main() -> None:
-  args = _parse()
-  if args.worker:
-    _worker(args)
-    return
-  peers = [peer for peer in args.peers.split(",") if peer]
-  for peer in peers:
-    if peer not in PEERS:
-      sys.exit(f"--peers={args.peers}: unknown {peer!r}; expected {PEERS}.")
-  if peers and args.model not in PEER_MODELS:
-    sys.exit(f"--model={args.model}: peers are compared on {PEER_MODELS}.")
+def compare(
+  args: argparse.Namespace, comparison: Comparison, peers: Iterable[str]
+) -> list[Row]:
+  """A row a system, each the fastest of its turns."""
   best: dict[str, Row] = {}
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    _run(args, "prepare", folder)
+    _run(args, comparison, "prepare", folder)
     for _ in range(args.repeats):
       for system in ("ours", *peers):
-        _run(args, system, folder)
-        row = _row(args, system, folder)
+        _run(args, comparison, system, folder)
+        new = row(args, comparison, system, folder)
         old = best.get(system)
-        if old is None or row["seconds_per_image"] < old["seconds_per_image"]:
-          best[system] = row
-  columns = (
-    "system",
-    "iterations",
-    "ms_per_iteration_per_image",
-    "seconds_per_image",
-    "psnr_db_median",
-    "psnr_db_min",
-    "success_rate",
-    "compile_seconds",
+        if old is None or new["seconds_per_image"] < old["seconds_per_image"]:
+          best[system] = new
+  return list(best.values())
+
+
+def _key(row: Row) -> tuple[str, str]:
+  return row["attack"], row["model"]
+
+
+def merge(old: list[Row], new: list[Row]) -> list[Row]:
+  """The old rows, with those of a comparison that was run anew."""
+  if not new:
+    return old
+  groups = {key: list(rows) for key, rows in itertools.groupby(old, _key)}
+  groups[_key(new[0])] = new
+  return [row for rows in groups.values() for row in rows]
+
+
+def _pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
+  """(ours, a peer's) of each comparison."""
+  for _, group in itertools.groupby(rows, _key):
+    systems = list(group)
+    for peer in systems[1:]:
+      yield systems[0], peer
+
+
+def markdown(rows: list[Row]) -> str:
+  """The table of a file's rows: a line a comparison, ours first in each cell.
+
+  Raises:
+    UserError: no peer's row among them.
+  """
+  pairs = list(_pairs(rows))
+  if not pairs:
+    raise errors.UserError(
+      "no row of a peer to put beside ours; expected a file that --json wrote"
+      " with --peers or --suite."
+    )
+
+  def both(ours: Row, peer: Row, show: Callable[[Row], str]) -> str:
+    return f"{show(ours)} / {show(peer)}"
+
+  def figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+  head = (
+    *("attack", "model", "images", "labels", "steps"),
+    *("ms a step", "s an image", "times as fast", "median PSNR, dB"),
+    *("lowest, dB", "compiling, s"),
   )
-  print("  ".join(columns))
-  for row in best.values():
+  lines = [f"| {' | '.join(head)} |", f"| :-- | :-- {'| --: ' * 9}|"]
+  for ours, peer in pairs:
+    faster = peer["seconds_per_image"] / ours["seconds_per_image"]
+    steps, each = "closed form", ""
+    if max(ours["iterations"], peer["iterations"]) > 1:
+      steps = both(ours, peer, lambda r: f"{r['iterations']:.0f}")
+      each = both(ours, peer, lambda r: figure(r["ms_per_iteration_per_image"]))
     cells = (
-      f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c])
-      for c in columns
+      f"`{ours['attack']}`",
+      f"`{ours['model']}`",
+      str(ours["images"]),
+      "known" if ours["labels_known"] else "found",
+      steps,
+      each,
+      both(ours, peer, lambda r: figure(r["seconds_per_image"])),
+      figure(faster),
+      both(ours, peer, lambda r: f"{r['psnr_db_median']:.1f}"),
+      both(ours, peer, lambda r: f"{r['psnr_db_min']:.1f}"),
+      both(ours, peer, lambda r: f"{r['compile_seconds']:.1f}"),
     )
-    print(
-      "  ".join(
-        cell.ljust(len(c)) for cell, c in zip(cells, columns, strict=True)
-      )
+    lines.append(f"| {' | '.join(cells)} |")
+  versions = dict.fromkeys(r["version"] for pair in pairs for r in pair)
+  data = dict.fromkeys(
+    f"Test images of `{r['dataset']}` from number {r['first']} on"
+    for r, _ in pairs
+  )
+  hosts = dict.fromkeys(f"{r['cpu']}, {r['cores']} cores" for r, _ in pairs)
+  lines += ["", f"{'; '.join((*data, *hosts, *versions))}."]
+  return "\n".join(lines)
+
+
+_COLUMNS = (
+  "system",
+  "iterations",
+  "ms_per_iteration_per_image",
+  "seconds_per_image",
+  "psnr_db_median",
+  "psnr_db_min",
+  "success_rate",
+  "compile_seconds",
+)
+
+
+def _print_rows(rows: list[Row]) -> None:
+  print("  ".join(_COLUMNS))
+  for values in rows:
+    cells = (
+      f"{values[c]:.4g}" if isinstance(values[c], float) else str(values[c])
+      for c in _COLUMNS
     )
-  if args.json:
-    pathlib.Path(args.json).write_text(
-      json.dumps(list(best.values()), indent=2)
+    padded = zip(cells, _COLUMNS, strict=True)
+    print("  ".join(cell.ljust(len(c)) for cell, c in padded))
+
+
+def _progress(number: int, total: int, rows: list[Row], began: float) -> str:
+  """One line on a comparison that is done."""
+  results = "; ".join(
+    f"{r['system']} {r['iterations']:.0f} steps in"
+    f" {r['seconds_per_image']:.3g} s, {r['psnr_db_median']:.1f} dB"
+    for r in rows
+  )
+  return (
+    f"[{number}/{total}] {rows[0]['attack']} {rows[0]['model']},"
+    f" {rows[0]['images']} images: {results}"
+    f" ({time.perf_counter() - began:.0f} s)"
+  )
+
+
+def _read(path: str | None) -> list[Row]:
+  file = pathlib.Path(path) if path else None
+  return json.loads(file.read_text()) if file and file.exists() else []
+
+
+def _write(path: str | None, rows: list[Row]) -> None:
+  if path:
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument("--attack", default="dlg")
+  flags.add_argument("--model", default="lenet_zhu")
+  flags.add_argument("--dataset", default="cifar10_sample")
+  flags.add_argument("--images", type=int, default=8)
+  flags.add_argument("--first", type=int, default=0, help="Test image.")
+  flags.add_argument(
+    "--iterations", type=int, default=0, help="0: each system's default."
+  )
+  flags.add_argument(
+    "--labels_known", action="store_true", help="Systems get the labels."
+  )
+  flags.add_argument("--seed", type=int, default=0)
+  flags.add_argument("--devices", type=int, default=2, help="CPU devices.")
+  flags.add_argument("--repeats", type=int, default=1)
+  flags.add_argument(
+    "--peers",
+    help=f"Of: {', '.join(PEERS)}. Default none, with --suite all.",
+  )
+  flags.add_argument("--peers_dir", default=".venv-peers")
+  flags.add_argument(
+    "--suite",
+    nargs="?",
+    const=SUITE,
+    metavar="ATTACK(model=NAME,images=N,iterations=N),...",
+    help=f"Several comparisons. Without a value: {SUITE}",
+  )
+  flags.add_argument("--json", help="Also write the rows to this file.")
+  flags.add_argument("--page", help="Put the table of --json into this page.")
+  flags.add_argument("--worker", help=argparse.SUPPRESS)
+  flags.add_argument("--folder", help=argparse.SUPPRESS)
+  return flags
+
+
+def _main(args: argparse.Namespace) -> None:
+  names = ",".join(PEERS) if args.suite else ""
+  names = names if args.peers is None else args.peers
+  peers = [peer for peer in names.split(",") if peer]
+  if args.page and not args.json:
+    raise errors.UserError("--page: expected --json, the file of its rows.")
+  if args.suite:
+    comparisons = suite(args.suite, args.images)
+    for comparison in comparisons:
+      check(comparison, peers)
+    for i, comparison in enumerate(comparisons):
+      began = time.perf_counter()
+      rows = compare(args, comparison, peers)
+      _write(args.json, merge(_read(args.json), rows))
+      print(_progress(i + 1, len(comparisons), rows, began), flush=True)
+  elif not args.page:
+    comparison = Comparison(
+      args.attack, args.model, args.images, args.iterations, args.labels_known
     )
+    check(comparison, peers)
+    rows = compare(args, comparison, peers)
+    _print_rows(rows)
+    _write(args.json, rows)
+  if args.page:
+    page.put(pathlib.Path(args.page), "beside", markdown(_read(args.json)))
+
+
+def main() -> None:
+  """Runs a comparison, a suite of them, or one system's process."""
+  flags = parser()
+  args = flags.parse_args()
+  if args.worker:
+    _worker(args)
+    return
+  try:
+    _main(args)
+  except errors.UserError as error:
+    flags.error(str(error))
 
 
 if __name__ == "__main__":
