@@ -7,6 +7,7 @@ several repetitions; compiling is left out.
 """
 
 from collections.abc import Callable
+import json
 import pathlib
 import time
 from typing import Any
@@ -18,7 +19,7 @@ import tqdm
 
 from experiments import attack, folder, setting, summary
 from experiments.config import Config
-from mpqfl_jax import encrypted, federated, trees
+from mpqfl_jax import encrypted, errors, federated, trees
 from mpqfl_jax.defenses import Defense
 from mpqfl_jax.types import Cohort, Examples, PyTree, Update
 
@@ -210,6 +211,35 @@ def _keys(config: Config, defense: Defense) -> list[dict[str, Any]]:
       }
     )
   return out
+
+
+def encryption(path: str | None) -> list[dict[str, Any]] | None:
+  """The rows of `python -m benchmarks.encryption`, which other tasks show.
+
+  Args:
+    path: of its file, None where none was given.
+
+  Raises:
+    UserError: a file that cannot be read, or is another.
+  """
+  if path is None:
+    return None
+  try:
+    rows = json.loads(pathlib.Path(path).read_text())
+  except (OSError, json.JSONDecodeError) as e:
+    raise errors.UserError(
+      f"--study_encryption={path}: {e}. Expected the --json file of"
+      " python -m benchmarks.encryption."
+    ) from e
+  wanted = {"scheme", "clients", "key_seconds_total", "key_bytes"}
+  if not isinstance(rows, list) or not all(
+    isinstance(row, dict) and wanted <= row.keys() for row in rows
+  ):
+    raise errors.UserError(
+      f"--study_encryption={path} is no list of costs with"
+      f" {', '.join(sorted(wanted))}."
+    )
+  return rows
 
 
 def _timed(fn: Callable[[], PyTree]) -> tuple[PyTree, float]:

@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments import folder, setting
+from experiments import costs, folder, setting
 from experiments.config import Config
 from mpqfl_jax import errors
 
 # What a measured run does not take over.
-_OTHER = ("task", "output_dir", "overwrite", "resume", "scaling_clients")
+_OTHER = (
+  *("task", "output_dir", "overwrite", "resume", "scaling_clients"),
+  "study_encryption",
+)
 
 
 def run(
@@ -42,6 +45,7 @@ def run(
     UserError: a run fails.
   """
   begin = time.perf_counter()
+  encryption = costs.encryption(config.study_encryption)
   path = run_dir / "scaling.jsonl"
   path.unlink(missing_ok=True)
   lines = []
@@ -56,6 +60,7 @@ def run(
   return {
     "task": config.task,
     "scaling": lines,
+    "encryption": encryption,
     "uplink_bytes_per_client_float32": built.float32_bytes,
     "seconds": time.perf_counter() - begin,
     "peak_rss_mb": max(line["peak_rss_mb"] for line in lines),
@@ -134,6 +139,7 @@ def _line(defense: str, clients: int, place: pathlib.Path) -> dict[str, Any]:
     "peak_device_mb": found["peak_device_mb"],
     "compile_seconds": found["compile_seconds"],
     "rounds": len(rounds),
+    "test_accuracy": found["test_accuracy"],
     "plan": config["plan_resolved"],
     "devices": config["mesh_devices"],
   }

@@ -22,8 +22,16 @@ from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import tqdm
 
-from experiments import adversary, attack, config, folder, setting, summary
-from mpqfl_jax import datasets, errors, metrics
+from experiments import (
+  adversary,
+  attack,
+  config,
+  costs,
+  folder,
+  setting,
+  summary,
+)
+from mpqfl_jax import datasets, metrics
 from mpqfl_jax.report import claims, evidence, frontier
 
 # What has no influence on the results of a cell.
@@ -171,7 +179,7 @@ def run(
     UserError: a mistake, found before the folder is made.
   """
   begin = time.perf_counter()
-  encryption = _encryption(values.study_encryption)
+  encryption = costs.encryption(values.study_encryption)
   cells = grid(values)
   _check(values, cells)
   run_dir = folder.create(
@@ -258,27 +266,6 @@ def _check(values: config.Config, cells: list[Cell]) -> None:
       adversary.check(whole, built, attack.attacked_shapes(whole, built))
 
 
-def _encryption(path: str | None) -> list[dict[str, Any]] | None:
-  if path is None:
-    return None
-  try:
-    rows = json.loads(pathlib.Path(path).read_text())
-  except (OSError, json.JSONDecodeError) as e:
-    raise errors.UserError(
-      f"--study_encryption={path}: {e}. Expected the --json file of"
-      " python -m benchmarks.encryption."
-    ) from e
-  wanted = {"scheme", "clients", "key_seconds_total", "key_bytes"}
-  if not isinstance(rows, list) or not all(
-    isinstance(row, dict) and wanted <= row.keys() for row in rows
-  ):
-    raise errors.UserError(
-      f"--study_encryption={path} is no list of costs with"
-      f" {', '.join(sorted(wanted))}."
-    )
-  return rows
-
-
 def collect(
   cells: list[Cell], encryption: list[dict[str, Any]] | None = None
 ) -> evidence.Results:
@@ -290,7 +277,7 @@ def collect(
   """
   training: list[dict[str, Any]] = []
   attacks: list[dict[str, Any]] = []
-  costs: list[dict[str, Any]] = []
+  paid: list[dict[str, Any]] = []
   references: dict[str, dict[str, Any]] = {}
   hashes: dict[str, dict[str, str]] = {}
   for cell in cells:
@@ -299,7 +286,7 @@ def collect(
     if values.task == "attack":
       references.setdefault(values.dataset, found["references"])
     elif values.task == "costs":
-      costs += folder.read_lines(cell.folder / "costs.jsonl")
+      paid += folder.read_lines(cell.folder / "costs.jsonl")
     elif not cell.twin:
       training += _training_lines(values, found)
     if values.task == "train" and values.defense == ("none",):
@@ -318,7 +305,7 @@ def collect(
     if {"watched", "unwatched"} <= both.keys()
   ]
   return evidence.Results(
-    training, attacks, references, twins, encryption, costs
+    training, attacks, references, twins, encryption, paid
   )
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import scaling, setting
+from experiments import costs, scaling, setting
 from mpqfl_jax import errors
 from mpqfl_jax.report import html
 from mpqfl_jax.report import scaling as report
@@ -37,6 +37,7 @@ def _line(clients, seconds, **values):
     "peak_device_mb": None,
     "compile_seconds": 1.0,
     "rounds": 3,
+    "test_accuracy": 0.5,
     "plan": {"name": "loop", "size": 1, "conv": "xla", "reason": "asked for"},
     "devices": 2,
     **values,
@@ -117,13 +118,38 @@ def test_the_page_says_how_cost_grows(tmp_path):
   assert "1.10 times the memory" in said
   assert list(report.sentences(found[:1])) == []
   table = report.markdown(found)
-  assert "| none | 1,000 | 11.0 | 90.9 | 100,000 | 550 |" in table
+  assert "| none | 1,000 | 11.0 | 90.9 | 100,000 | 550 | 50.0% |" in table
   (tmp_path / "summary.json").write_text(json.dumps({"task": "train"}))
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(errors.UserError, match="no figures"):
     report.write(tmp_path)
   with pytest.raises(errors.UserError, match="names no defenses"):
     html.write(tmp_path)
+
+
+def test_keys_for_encryption_have_a_panel(tmp_path):
+  rows = [
+    {
+      "scheme": scheme,
+      "source": "measured" if clients < 100 else "modelled",
+      "clients": clients,
+      "key_seconds_total": seconds * clients**power,
+    }
+    for scheme, seconds, power in (("shared", 0.01, 0), ("per_client", 0.01, 1))
+    for clients in (2, 50, 1000)
+  ]
+  drawn = report.draw([_line(10, 0.1), _line(1000, 11.0)], rows)
+  keys = drawn.axes[-1]
+  assert "Making keys" in keys.get_title(loc="left")
+  assert len(keys.lines) == 4 and keys.lines[3].get_linestyle() == "--"
+  accuracy = drawn.axes[4]
+  assert list(accuracy.lines[0].get_ydata()) == [0.5, 0.5]
+  without = report.draw([_line(10, 0.1), _line(1000, 11.0)])
+  assert not without.axes[-1].axison
+  broken = tmp_path / "costs.json"
+  broken.write_text('[{"scheme": "shared"}]')
+  with pytest.raises(errors.UserError, match="study_encryption"):
+    costs.encryption(str(broken))
 
 
 def test_a_million_clients_are_only_indices():

@@ -1,6 +1,6 @@
 """The page and the figure of a `scaling` run: cost against clients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -45,7 +45,11 @@ PANELS = (
   ),
   Panel("uplink_bytes", "Uplink, bytes a round", lambda v: f"{v:,.0f}", True),
   Panel("peak_rss_mb", "Peak memory, MB", lambda v: f"{v:,.0f}", False),
+  Panel(
+    "test_accuracy", "Test accuracy, share", lambda v: f"{100 * v:.1f}%", False
+  ),
 )
+_KEYS = "Making keys for encryption, CPU seconds"
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
@@ -112,7 +116,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     )
   (folder / "figures").mkdir(exist_ok=True)
   image = folder / "figures" / "scaling.png"
-  draw(lines).savefig(image)
+  draw(lines, summary.get("encryption")).savefig(image)
   return page.write(
     folder,
     "scaling.html",
@@ -126,20 +130,58 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   )
 
 
-def draw(lines: list[dict[str, Any]]):
-  """Four panels over the clients of a round.
+def _draw_keys(ax, encryption: Sequence[dict[str, Any]] | None) -> None:
+  """Key generation of each scheme; what is modelled, dashed."""
+  if not encryption:
+    ax.set_axis_off()
+    return
+  style.clean(ax)
+  schemes = list(dict.fromkeys(row["scheme"] for row in encryption))
+  for scheme, look in zip(schemes, style.styles(schemes).values(), strict=True):
+    rows = [row for row in encryption if row["scheme"] == scheme]
+    for source, dashes in (("measured", "-"), ("modelled", "--")):
+      mine = [
+        (row["clients"], row["key_seconds_total"])
+        for row in rows
+        if row["source"] == source
+      ]
+      if mine:
+        ax.plot(
+          *zip(*mine, strict=True),
+          color=look.color,
+          linestyle=dashes,
+          linewidth=1.5,
+          label=scheme.replace("_", " ") if source == "measured" else None,
+        )
+  ax.set_xscale("log")
+  ax.set_yscale("log")
+  for axis in (ax.xaxis, ax.yaxis):
+    axis.set_major_formatter(_plain)
+  ax.legend(frameon=False, fontsize=8)
+  ax.set_title(_KEYS, fontsize=10, loc="left", color=style.INK)
+  ax.set_xlabel("Clients (log); dashed: modelled", fontsize=9, color=style.INK)
+
+
+def draw(
+  lines: list[dict[str, Any]],
+  encryption: Sequence[dict[str, Any]] | None = None,
+):
+  """A panel for each quantity, over the clients of a round.
 
   What should be flat has an axis from zero, which does not blow up its noise.
 
   Args:
     lines: of `scaling.jsonl`.
+    encryption: rows of `python -m benchmarks.encryption`, for a panel of keys.
 
   Returns:
     The figure.
   """
-  fig = style.new_figure(8.6, 6.2)
+  fig = style.new_figure(8.6, 9.0)
   looks = style.styles(dict.fromkeys(line["defense"] for line in lines))
-  for ax, panel in zip(fig.subplots(2, 2).flat, PANELS, strict=True):
+  places = list(fig.subplots(3, 2).flat)
+  _draw_keys(places[-1], encryption)
+  for ax, panel in zip(places, PANELS, strict=False):
     style.clean(ax)
     for defense, look in looks.items():
       mine = [line for line in lines if line["defense"] == defense]
@@ -162,7 +204,7 @@ def draw(lines: list[dict[str, Any]]):
     ax.set_title(panel.heading, fontsize=10, loc="left", color=style.INK)
     ax.set_xlabel("Clients a round (log)", fontsize=9, color=style.INK)
   if len(looks) > 1:
-    handles, labels = ax.get_legend_handles_labels()
+    handles, labels = places[0].get_legend_handles_labels()
     fig.legend(
       handles, labels, loc="outside upper right", ncols=4, frameon=False
     )
