@@ -79,6 +79,38 @@ def test_noise_for_half_the_claim_is_caught():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("leaf", ["fine", "noisy"])
+def test_layers_of_unlike_noise_keep_to_one_epsilon(leaf, tmp_path):
+  # The canary lies in one layer or in the other; the claim is of both.
+  def policy(name, theta):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(
+      '[[rule]]\npath = "fine"\nprecision = "pbm"\n'
+      f"theta = {theta}\ntrials = 4\n"
+      '[[rule]]\npath = "noisy"\nprecision = "pbm"\n'
+      f"theta = {theta / 4}\ntrials = 4\n"
+    )
+    return f"dp_policy(file={path})"
+
+  params = {"fine": jnp.zeros(8), "noisy": jnp.zeros(8)}
+  canary = {**params, leaf: jnp.zeros(8).at[0].set(10.0)}
+
+  def proven(spec):
+    defense = defenses.make(spec, params)
+    found = audit.scores(
+      audit.of_update(defense, canary), 40_000, jax.random.key(0)
+    )
+    return audit.lower_bound(*found, DELTA).epsilon
+
+  once = accounting.one_update().ledger
+  claim = defenses.make(policy("honest", 0.125), params).epsilon(once, DELTA)
+  assert proven(policy("honest", 0.125)) <= claim
+  if leaf == "fine":
+    assert proven(policy("honest", 0.125)) > 0.3 * claim
+    assert proven(policy("broken", 0.25)) > claim
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", list(benchmark.CASES))
 def test_every_mechanism_keeps_to_its_epsilon(honest):
   # A run of DP-SGD trains; so few are enough where its batches are fixed.

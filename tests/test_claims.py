@@ -324,6 +324,42 @@ def test_what_mixing_hides_for_accuracy_does_not_count(lost, verdict):
   assert f"costs {np.mean(lost):.2f} points" in row.words
 
 
+def test_gains_are_told_setting_by_setting():
+  mixed = "experiments/policies/noisy_front.toml"
+
+  def tried(name, shift, **kw):
+    return attacked(name, UNIFORM - shift, knowledge="adaptive", **kw)
+
+  late = {"weights": "trained", "round": 50}
+  found = list(
+    frontier.gains(
+      results(
+        [trained("int2", [0.9]), trained(mixed, [0.9])],
+        [
+          tried("int2", 0.0),
+          tried(mixed, 3.0),
+          tried("int2", 0.0, batch_size=4),
+          tried(mixed, 1.0, batch_size=4),
+          # Late updates are of all shapes, and count together.
+          tried("int2", 2.0, **late),
+          tried("int2", 2.0, **late, batch_size=3, seed=1),
+          tried(mixed, 1.5, **late),
+          tried(mixed, 1.5, **late, batch_size=3, seed=1),
+        ],
+      )
+    )
+  )
+  assert [g.setting for g in found] == [
+    "batch of 1",
+    "batch of 4",
+    "trained weights",
+  ]
+  assert [g.gain.value for g in found] == pytest.approx([3.0, 1.0, -0.5])
+  assert [g.images for g in found] == [30, 30, 60]
+  assert all((g.defense, g.uniform) == (mixed, "int2") for g in found)
+  assert found[0].own == pytest.approx(found[0].other - 3.0)
+
+
 def test_the_best_uniform_code_is_the_one_that_hides_most():
   rows = frontier.ablation(
     results(

@@ -298,7 +298,9 @@ def test_costs_of_encryption_are_checked(tmp_path):
   assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("name", ["smoke", "laptop", "baselines", "full"])
+@pytest.mark.parametrize(
+  "name", ["smoke", "laptop", "baselines", "frontier", "full"]
+)
 def test_the_flag_files_are_studies(name):
   with flagsaver.flagsaver():
     path = config.FLAGS_DIR / f"study_{name}.flags"

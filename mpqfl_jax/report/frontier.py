@@ -1,6 +1,6 @@
 """Privacy against accuracy against bytes: ablation, Pareto set, figure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import pathlib
 from typing import Any, NamedTuple
 
@@ -247,6 +247,88 @@ def _ablate(
       else " No uniform code has nearly as many bytes."
     )
   return told(verdict, text, name, gain, p, images)
+
+
+class Gain(NamedTuple):
+  """What a mixed policy hides beyond its uniform code, in one setting.
+
+  Attributes:
+    dataset, defense, uniform: names, as in `Ablation`.
+    setting: in words.
+    own, other: median PSNR of the strongest adaptive attack on each, dB.
+    gain: of the same images, dB.
+    sign_test_p: of the gain.
+    images: how many.
+  """
+
+  dataset: str
+  defense: str
+  uniform: str
+  setting: str
+  own: float
+  other: float
+  gain: evidence.Interval
+  sign_test_p: float
+  images: int
+
+
+def gains(results: Results) -> Iterator[Gain]:
+  """Every mixed policy against its uniform code: batches, steps, weights."""
+  for a in ablation(results):
+    if a.uniform is None:
+      continue
+    for words, keep in _settings(results, a.dataset):
+      own, other = (
+        evidence.strongest(
+          [
+            line
+            for line in results.attacks
+            if (line["dataset"], line["defense"], line["knowledge"])
+            == (a.dataset, name, "adaptive")
+            and keep(line)
+          ]
+        )
+        for name in (a.defense, a.uniform)
+      )
+      if own is None or other is None:
+        continue
+      found = evidence.paired_gain(own.lines, other.lines)
+      if found is not None:
+        gain, p, images = found
+        yield Gain(
+          a.dataset,
+          a.defense,
+          a.uniform,
+          words,
+          own.median.value,
+          other.median.value,
+          gain,
+          p,
+          images,
+        )
+
+
+def _settings(
+  results: Results, dataset: str
+) -> Iterator[tuple[str, Callable[[evidence.Line], bool]]]:
+  """Settings in words, and which lines are of them.
+
+  Clients that train hold what they hold: late updates are of all shapes.
+  """
+  found = {
+    evidence.setting(a) for a in results.attacks if a["dataset"] == dataset
+  }
+  first = sorted(s for s in found if s[0] == "initial")
+
+  def like(where: tuple) -> Callable[[evidence.Line], bool]:
+    return lambda line: evidence.setting(line) == where
+
+  for where in first:
+    _, steps, batch = where
+    words = f"batch of {batch}" + (f", {steps} steps" if steps > 1 else "")
+    yield words, like(where)
+  if len(first) < len(found):
+    yield "trained weights", lambda line: line["weights"] != "initial"
 
 
 def mixing_helps(results: Results) -> claims.Claim:

@@ -130,6 +130,28 @@ def markdown(run_dir: str | pathlib.Path) -> str:
       f"| _{name}_ | | | {psnr} | {psnr} | | no attack |"
       for name, psnr, _ in table.references
     ]
+  lines.append(costs_markdown(study).rstrip("\n"))
+  return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def gains_markdown(study: Study) -> str:
+  """What mixed policies hide beyond uniform codes, setting by setting."""
+  lines = [
+    "| Data set | Policy | Best uniform code | Setting | dB, policy | dB,"
+    " uniform | Hidden, dB | Images |",
+    "| :-- | :-- | :-- | :-- | --: | --: | --: | --: |",
+  ]
+  lines += [
+    f"| {g.dataset} | {g.defense} | {g.uniform} | {g.setting} |"
+    f" {g.own:.1f} | {g.other:.1f} | {_interval(g.gain, '')} | {g.images} |"
+    for g in frontier.gains(study.results)
+  ]
+  return "\n".join(lines) + "\n"
+
+
+def costs_markdown(study: Study) -> str:
+  """What each defence costs, and what it buys, a table a data set."""
+  lines: list[str] = []
   for paid in _costs(study):
     names = costs.HEADINGS
     lines += [
@@ -195,6 +217,10 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     tables=list(_tables(study)),
     costs=list(_costs(study)),
     cost_headings=costs.HEADINGS,
+    gains=[
+      (g, f"{g.own:.1f}", f"{g.other:.1f}", _interval(g.gain, "dB"))
+      for g in frontier.gains(study.results)
+    ],
     ablation=[
       (a, *_ablation_text(a)) for a in frontier.ablation(study.results)
     ],
@@ -376,7 +402,7 @@ def _median(top: evidence.Strongest | None) -> str:
 
 
 def _interval(value: evidence.Interval, unit: str) -> str:
-  text = f"{value.value:+.1f} {unit}"
+  text = f"{value.value:+.1f} {unit}".rstrip()
   if value.low is not None and value.high is not None:
     text += f" ({value.low:.1f} to {value.high:.1f})"
   return text.replace("-", tables.MINUS)
