@@ -299,7 +299,7 @@ def test_costs_of_encryption_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["smoke", "laptop", "baselines", "frontier", "full"]
+  "name", ["smoke", "laptop", "baselines", "frontier", "private", "full"]
 )
 def test_the_flag_files_are_studies(name):
   with flagsaver.flagsaver():
