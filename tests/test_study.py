@@ -221,6 +221,13 @@ def test_the_folder_holds_what_scripts_rely_on(pretended):
   assert summary["cells"] == 2 * 3 + 4 + 1 and summary["commits"] == ["c0ffee"]
 
 
+def test_settings_stand_side_by_side(pretended):
+  text = page.settings_markdown(page.read(pretended))
+  head, _, *rows = text.splitlines()
+  assert head.endswith("| batch of 1 | batch of 2 |")
+  assert rows[1] == "| paper | 10.5 / 10.5 | 10.5 / 10.5 |" and len(rows) == 3
+
+
 def test_costs_stand_beside_what_they_buy(pretended):
   text = page.markdown(pretended)
   heading = next(line for line in text.splitlines() if "Downlink" in line)
@@ -299,7 +306,8 @@ def test_costs_of_encryption_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["smoke", "laptop", "baselines", "frontier", "private", "full"]
+  "name",
+  ["smoke", "laptop", "baselines", "frontier", "private", "mixup", "full"],
 )
 def test_the_flag_files_are_studies(name):
   with flagsaver.flagsaver():

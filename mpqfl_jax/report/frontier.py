@@ -277,7 +277,7 @@ def gains(results: Results) -> Iterator[Gain]:
   for a in ablation(results):
     if a.uniform is None:
       continue
-    for words, keep in _settings(results, a.dataset):
+    for words, keep in settings(results, a.dataset):
       own, other = (
         evidence.strongest(
           [
@@ -308,7 +308,7 @@ def gains(results: Results) -> Iterator[Gain]:
         )
 
 
-def _settings(
+def settings(
   results: Results, dataset: str
 ) -> Iterator[tuple[str, Callable[[evidence.Line], bool]]]:
   """Settings in words, and which lines are of them.

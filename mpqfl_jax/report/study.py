@@ -149,6 +149,36 @@ def gains_markdown(study: Study) -> str:
   return "\n".join(lines) + "\n"
 
 
+def settings_markdown(study: Study) -> str:
+  """The strongest attack on each defence, blind and adaptive, by setting."""
+  results = study.results
+  lines: list[str] = []
+  for dataset in evidence.datasets(results):
+    where = list(frontier.settings(results, dataset))
+    lines += [
+      *([""] if lines else []),
+      f"| {dataset}: blind / adaptive, dB |"
+      + "".join(f" {words} |" for words, _ in where),
+      "| :-- |" + " --: |" * len(where),
+    ]
+    for name in evidence.defenses(results):
+      cells = []
+      for _, keep in where:
+        mine = [
+          line
+          for line in results.attacks
+          if (line["dataset"], line["defense"]) == (dataset, name)
+          and keep(line)
+        ]
+        tops = (
+          evidence.strongest([a for a in mine if a["knowledge"] == knowledge])
+          for knowledge in ("blind", "adaptive")
+        )
+        cells.append(" / ".join(map(_median, tops)))
+      lines.append(f"| {name} | {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
 def costs_markdown(study: Study) -> str:
   """What each defence costs, and what it buys, a table a data set."""
   lines: list[str] = []
