@@ -277,6 +277,7 @@ def collect(
   """
   training: list[dict[str, Any]] = []
   attacks: list[dict[str, Any]] = []
+  unreadable: dict[str, str] = {}
   paid: list[dict[str, Any]] = []
   references: dict[str, dict[str, Any]] = {}
   hashes: dict[str, dict[str, str]] = {}
@@ -295,17 +296,18 @@ def collect(
       hashes.setdefault(values.dataset, {})[key] = sha
     path = cell.folder / "attacks.jsonl"
     if path.is_file():
-      for line in path.read_text().splitlines():
-        attacks.append(
-          {**json.loads(line), "seed": values.seed, "cell": cell.folder.name}
-        )
+      for line in folder.read_lines(path):
+        if line.get("reason") is not None:
+          unreadable[line["defense"]] = line["reason"]
+          continue
+        attacks.append({**line, "seed": values.seed, "cell": cell.folder.name})
   twins = [
     {"dataset": name, **{k: v for k, v in both.items() if k}}
     for name, both in hashes.items()
     if {"watched", "unwatched"} <= both.keys()
   ]
   return evidence.Results(
-    training, attacks, references, twins, encryption, paid
+    training, attacks, references, twins, encryption, paid, unreadable
   )
 
 
@@ -352,7 +354,7 @@ def write(
     run_dir / "evidence.json",
     {
       name: getattr(results, name)
-      for name in ("references", "twins", "encryption")
+      for name in ("references", "twins", "encryption", "unreadable")
     },
   )
   points = [_point(p, results) for p in frontier.points(results)]
@@ -456,6 +458,7 @@ def _defenses(
       "epsilon": max(epsilons, default=None),
       "delta": runs[0]["delta"],
       "attacks": attacks,
+      "unreadable": results.unreadable.get(spec),
     }
   return out
 

@@ -221,6 +221,31 @@ def test_the_folder_holds_what_scripts_rely_on(pretended):
   assert summary["cells"] == 2 * 3 + 4 + 1 and summary["commits"] == ["c0ffee"]
 
 
+def test_what_the_server_cannot_read_is_no_score(tmp_path):
+  def encrypted(values, data=None):
+    place = pretend(values)
+    lines = (place / "attacks.jsonl").read_text().splitlines()
+    hidden = []
+    for line in map(json.loads, lines):
+      if line["defense"] == "int4":
+        line |= {"psnr_db": None, "ssim": None, "reason": "it is ciphertext"}
+      hidden.append(json.dumps(line) + "\n")
+    (place / "attacks.jsonl").write_text("".join(hidden))
+    return place
+
+  run = study.run(tiny(tmp_path / "s"), encrypted)
+  summary = json.loads((run / "summary.json").read_text())
+  entry = summary["defenses"]["int4"]
+  assert entry["attacks"] == {} and entry["unreadable"] == "it is ciphertext"
+  assert summary["defenses"]["paper"]["unreadable"] is None
+  point = next(p for p in summary["frontier"] if p["defense"] == "int4")
+  assert point["strongest"] is None and point["pareto"] is None
+  text = page.markdown(run)
+  assert "| – | – | it is ciphertext |" in text
+  assert text.count("it is ciphertext") == 2  # beside its costs, too
+  assert "it is ciphertext" in html.write(run).read_text()
+
+
 def test_settings_stand_side_by_side(pretended):
   text = page.settings_markdown(page.read(pretended))
   head, _, *rows = text.splitlines()

@@ -1,6 +1,6 @@
 """What a study measured, as tables, and the intervals that claims rest on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,8 @@ class Results(NamedTuple):
     encryption: rows of `python -m benchmarks.encryption`, None where none were
       given.
     costs: a line for each data set and defence, as in `costs.jsonl`.
+    unreadable: defence -> why no attack has anything to work on; there are no
+      `attacks` on such a one.
   """
 
   training: Sequence[Line]
@@ -47,6 +49,7 @@ class Results(NamedTuple):
   twins: Sequence[Line] = ()
   encryption: Sequence[Line] | None = None
   costs: Sequence[Line] = ()
+  unreadable: Mapping[str, str] = {}
 
 
 class Interval(NamedTuple):

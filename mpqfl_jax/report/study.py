@@ -105,6 +105,7 @@ def read(run_dir: str | pathlib.Path) -> Study:
       twins=rest["twins"],
       encryption=rest["encryption"],
       costs=records.lines(folder / "costs.jsonl"),
+      unreadable=rest.get("unreadable", {}),
     ),
   )
 
@@ -213,7 +214,7 @@ def claims_markdown(study: Study) -> str:
 def _top_name(results: evidence.Results, dataset: str, defense: str) -> str:
   top = evidence.strongest(evidence.lines(results, dataset, defense))
   if top is None:
-    return "not attacked"
+    return results.unreadable.get(defense, "not attacked")
   return tables.attack_name(top.attack, top.knowledge)
 
 
@@ -366,6 +367,7 @@ def _tables(study: Study) -> Iterator[_Table]:
         (line["uplink_bytes_per_client_float32"] for line in runs), None
       )
       top = p.strongest
+      untried = results.unreadable.get(p.defense, "not tried")
       rows.append(
         _Row(
           defense=p.defense,
@@ -385,10 +387,12 @@ def _tables(study: Study) -> Iterator[_Table]:
             }
           ),
           blind=_median(p.blind),
-          blind_attack=p.blind.attack if p.blind else "not tried",
+          blind_attack=p.blind.attack if p.blind else untried,
           adaptive=_median(p.adaptive),
-          adaptive_attack=p.adaptive.attack if p.adaptive else "not tried",
-          strongest=_median(top),
+          adaptive_attack=p.adaptive.attack if p.adaptive else untried,
+          strongest=_median(top)
+          if top
+          else results.unreadable.get(p.defense, tables.MISSING),
           success=f"{top.rate.successes} of {top.rate.trials}"
           if top
           else tables.MISSING,
