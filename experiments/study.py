@@ -323,6 +323,7 @@ def _training_lines(
         name: entry.get(name)
         for name in (
           *("test_accuracy", "uplink_bytes_per_client", "epsilon", "delta"),
+          *("epsilon_model", "epsilon_unit"),
           *("final_params_sha256", "seconds", "compile_seconds"),
         )
       },

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import config, main, study
 from mpqfl_jax import errors
-from mpqfl_jax.report import html
+from mpqfl_jax.report import html, tables
 from mpqfl_jax.report import study as page
 
 DEFENSES = ("none", "paper", "int4")
@@ -58,8 +58,10 @@ def pretend(values, data=None):
       if values.task == "train"
       else None,
       "uplink_bytes_per_client": 4000 if spec == "none" else 1000,
-      "epsilon": None,
-      "delta": None,
+      "epsilon": 2.5 if spec == "paper" else None,
+      "delta": 1e-5 if spec == "paper" else None,
+      "epsilon_model": "central" if spec == "paper" else None,
+      "epsilon_unit": "client" if spec == "paper" else None,
       "final_params_sha256": f"{spec} {values.seed}",
       "seconds": 1.0,
       "compile_seconds": 0.5,
@@ -241,7 +243,8 @@ def test_what_the_server_cannot_read_is_no_score(tmp_path):
   point = next(p for p in summary["frontier"] if p["defense"] == "int4")
   assert point["strongest"] is None and point["pareto"] is None
   text = page.markdown(run)
-  assert "| – | – | it is ciphertext |" in text
+  nothing = tables.MISSING
+  assert f"| {nothing} | {nothing} | {nothing} | it is ciphertext |" in text
   assert text.count("it is ciphertext") == 2  # beside its costs, too
   assert "it is ciphertext" in html.write(run).read_text()
 
@@ -268,7 +271,7 @@ def test_costs_stand_beside_what_they_buy(pretended):
     "2.00",
     "12.5",
     "3.5 s, 5 MB for 70",
-    "no proof",
+    "2.5, not against the server",
   ):
     assert f" {cell} |" in row
   assert row.endswith(" 10.5 |")
