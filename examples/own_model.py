@@ -2,6 +2,8 @@
 
     python examples/own_model.py
 
+A client takes one step on one image, the update that is easiest to take back.
+
 Linen modules go in as they are: `classes` and `conv` are set by the package
 (`conv` may be ignored). An NNX module is wrapped by `nnx.bridge.to_linen`.
 """
@@ -39,7 +41,11 @@ runs = sys.argv[1] if sys.argv[1:] else "runs"
 for name in ("linen", "nnx"):
   values = config.make(
     model=name,
+    num_clients=300,
+    cohort_size=30,
     rounds=3,
+    batch_size=1,
+    local_steps=1,
     defense=("none", "int4"),
     attack=("dlg(iterations=100)",),
     output_dir=f"{runs}/{name}",

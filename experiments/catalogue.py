@@ -62,23 +62,46 @@ def sections() -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def text(wanted: list[str]) -> str:
-  """The tables, or those whose headings hold one of the words.
+  """The tables, or what some words ask for.
 
   Args:
-    wanted: such as `attacks` or `codecs`; everything where empty.
+    wanted: each in the heading of a table, such as `attacks` or `codecs`, which
+      is then shown whole, or in the names of entries, such as `dp`; everything
+      where empty.
 
   Raises:
-    UserError: a word that no heading holds.
+    UserError: a word that neither a heading nor a name holds.
   """
   found = sections()
-  for word in wanted:
-    headings = [heading.split(" (")[0].lower() for heading in found]
-    if not any(word.lower() in heading for heading in headings):
-      raise errors.unknown_name("list", word, headings)
+  if not wanted:
+    return _tables(found)
+  shown: dict[str, dict[str, tuple[str, str]]] = {name: {} for name in found}
+  for word in map(str.lower, wanted):
+    headings = [h for h in found if word in h.split(" (")[0].lower()]
+    for heading in headings:
+      shown[heading] |= found[heading]
+    names = {
+      heading: {n: entry for n, entry in entries.items() if word in n.lower()}
+      for heading, entries in found.items()
+    }
+    if not headings and not any(names.values()):
+      tables = [heading.split(" (")[0].lower() for heading in found]
+      known = [*tables, *(n for entries in found.values() for n in entries)]
+      raise errors.UserError(
+        f"nothing that flags can name is called {word!r}."
+        f"{errors.did_you_mean(word, known)} Expected a table"
+        f" ({', '.join(tables)}) or a part of a name, such as dp."
+      )
+    for heading, entries in names.items() if not headings else ():
+      shown[heading] |= entries
+  return _tables(shown)
+
+
+def _tables(found: dict[str, dict[str, tuple[str, str]]]) -> str:
   return "\n\n".join(
     "\n".join(_lines(heading, entries))
     for heading, entries in found.items()
-    if not wanted or any(word.lower() in heading.lower() for word in wanted)
+    if entries
   )
 
 

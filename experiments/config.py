@@ -1,5 +1,6 @@
 """The one frozen config that the flags become, and what is wrong with it."""
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 import re
@@ -7,6 +8,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments import folder
 from experiments.flag_definitions import DATASETS, KNOWLEDGE
 from mpqfl_jax import attacks as attacks_lib
 from mpqfl_jax import (
@@ -89,13 +91,62 @@ class Config:
 def from_flags(values: flags.FlagValues) -> Config:
   """The config that the command line asks for.
 
+  With `--resume`, flags that are not given are those of the run that is there.
+
   Raises:
     UserError: a value that no run can have, before anything is touched.
   """
-  given: dict[str, Any] = {
-    field.name: values[field.name].value for field in dataclasses.fields(Config)
+  names = [field.name for field in dataclasses.fields(Config)]
+  given = {name: values[name].value for name in names if values[name].present}
+  defaults = {name: values[name].value for name in names}
+  return _resolve(defaults | _begun_with(given) | given)
+
+
+def devices(values: flags.FlagValues) -> int | None:
+  """`--devices`, also where it is that of a run which goes on.
+
+  JAX has to be told before it starts, and so before there is a config: what is
+  wrong with the run's folder, `from_flags` says.
+  """
+  try:
+    return from_flags(values).devices
+  except errors.UserError:
+    return values.devices
+
+
+def _begun_with(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Flags of the run that is to go on, by name; nothing where there is none.
+
+  Args:
+    given: what the user gave, by flag name.
+
+  Raises:
+    UserError: what is there is no run, or nothing is there and nothing else was
+      given, as after a slip in the folder's name.
+  """
+  if not given.get("resume"):
+    return {}
+  place = given.get("output_dir", flags.FLAGS["output_dir"].default)
+  folder.check(place, resume=True)
+  old = folder.stored(place)
+  if old is None:
+    if given.keys() <= {"resume", "output_dir"}:
+      raise errors.UserError(
+        f"there is no run in {place} to go on with. Give the --output_dir of a"
+        " run, or the flags of a new one."
+      )
+    return {}
+  # How the processes share the devices is not the run's, but the start's.
+  together = ("coordinator_address", "num_processes", "process_id")
+  own = {*together, "output_dir", "overwrite", "resume", "dry_run"}
+  if any(given.get(name) or old.get(name) for name in together):
+    own.add("devices")
+  return {
+    field.name: ",".join(map(str, value)) if isinstance(value, list) else value
+    for field in dataclasses.fields(Config)
+    if field.name in old.keys() - own
+    for value in [old[field.name]]
   }
-  return _resolve(given)
 
 
 def _resolve(given: dict[str, Any]) -> Config:
@@ -123,6 +174,8 @@ def _resolve(given: dict[str, Any]) -> Config:
 def make(**changes: Any) -> Config:
   """A config from Python: the flags' defaults with some values changed.
 
+  With `resume=True`, what is not given is as in the run that is there.
+
   Args:
     **changes: values by flag name, as the command line would have them; lists
       may be tuples.
@@ -134,11 +187,12 @@ def make(**changes: Any) -> Config:
   for name in changes:
     if name not in known:
       raise errors.unknown_name("flag", name, known)
-  given = {name: flags.FLAGS[name].default for name in known} | {
+  given = {
     name: ",".join(map(str, value)) if isinstance(value, tuple) else value
     for name, value in changes.items()
   }
-  return _resolve(given)
+  defaults = {name: flags.FLAGS[name].default for name in known}
+  return _resolve(defaults | _begun_with(given) | given)
 
 
 def check(config: Config) -> None:

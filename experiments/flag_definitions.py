@@ -43,7 +43,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
       "overwrite", False, "Replace the run that is in --output_dir."
     ),
     flags.DEFINE_bool(
-      "resume", False, "Go on with the run in --output_dir, if one is there."
+      "resume",
+      False,
+      "Go on with the run in --output_dir, if one is there; flags that are not"
+      " given are those that it began with.",
     ),
     flags.DEFINE_bool(
       "dry_run",
@@ -212,9 +215,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
       1,
     ),
     flags.DEFINE_string(
-      "attack_images", "test:0-3", "What --task=attack inverts."
+      "attack_images",
+      "test:0-3",
+      "What --task=attack inverts, and --task=leakage predicts:"
+      " split:first-last, both included, such as test:0-7, or train:5 for one.",
     ),
-    flags.DEFINE_integer("attack_restarts", None, "Starting points.", 1),
+    flags.DEFINE_integer(
+      "attack_restarts",
+      None,
+      "Starting points of a search, of which the best counts. Default: each"
+      " attack's own, as list attacks shows.",
+      1,
+    ),
     flags.DEFINE_bool(
       "labels_known", False, "Whether the attacker has the labels."
     ),
@@ -223,8 +235,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     flags.DEFINE_integer(
       "guard_bytes",
       None,
-      "--task=leakage writes the policy of least predicted leakage in so many"
-      " bytes an update, everything included.",
+      "--task=leakage also searches, for a few minutes, the policy of least"
+      " predicted leakage in so many bytes an update, everything included.",
       1,
     ),
     flags.DEFINE_float(
@@ -253,7 +265,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     flags.DEFINE_string(
       "study_encryption",
       None,
-      "Costs that python -m benchmarks.encryption wrote with --json.",
+      "Costs that python -m benchmarks.encryption wrote with --json, which"
+      " --task=scaling shows, too.",
     ),
   ),
   "The task scaling": _names(

@@ -1,6 +1,6 @@
 """A run's folder: made safely, written so that a crash loses nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import importlib.metadata
 import json
 import os
@@ -38,11 +38,116 @@ _FREE = (
 )
 
 
+# What follows from flags and machine: (name in the config, (the run's, the
+# present one) -> what differs). Earlier ones explain later ones.
+_DERIVED: tuple[tuple[str, Callable[[Any, Any], str]], ...] = (
+  (
+    "mesh_devices",
+    lambda old, new: (
+      f"the run was made on {old} device{'s'[: old != 1]}, and this would go on"
+      f" with {new}. Give --devices={old}, or as many in all processes together"
+    ),
+  ),
+  (
+    "plan_resolved",
+    lambda old, new: (
+      f"its plan is {old['name']} ({old['reason']}), and here it would be"
+      f" {new['name']} ({new['reason']}). Use the same kind of machine"
+    ),
+  ),
+  (
+    "parameters",
+    lambda old, new: (
+      f"the model had {old:,} parameters and has {new:,} now. Use the model and"
+      " the images that the run began with"
+    ),
+  ),
+  (
+    "client_state_resolved",
+    lambda old, new: (
+      "the states of clients would be kept elsewhere, or in other blocks, than"
+      " they were. Use a machine with as much memory"
+    ),
+  ),
+)
+
+
+def check(path: str, overwrite: bool = False, resume: bool = False) -> None:
+  """Refuses a folder that `create` would refuse, before it costs anything.
+
+  Args:
+    path, overwrite, resume: as for `create`.
+
+  Raises:
+    UserError: something is there already that has to stay.
+  """
+  folder = pathlib.Path(path)
+  try:
+    if not folder.exists():
+      return
+    if not folder.is_dir():
+      raise errors.UserError(
+        f"--output_dir={folder} is a file and was left alone. Give a folder,"
+        " such as runs/mine."
+      )
+    if not any(folder.iterdir()):
+      return
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot read --output_dir={folder}: {e.strerror}. Give a folder that can"
+      " be read and written."
+    ) from e
+  if not _is_run(folder):
+    asked = "--overwrite" if overwrite else "--resume" if resume else None
+    raise errors.UserError(
+      f"{folder} holds files but no {_MARK} of a run, so it is not a run and"
+      f" {f'{asked} leaves it alone' if asked else 'was left alone'}. Give"
+      " another --output_dir."
+    )
+  if not overwrite and not resume:
+    raise errors.UserError(
+      f"{folder} exists already and nothing was changed. Give another"
+      " --output_dir, --resume to go on with the run in it, or --overwrite"
+      " to replace it."
+    )
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+  """Whether a run's config is there, or the damaged rest of one."""
+  mark = folder / _MARK
+  try:
+    found = json.loads(mark.read_bytes())
+  except ValueError:
+    return True
+  except OSError:
+    return mark.is_file()
+  return isinstance(found, dict) and {"task", "seed"} <= found.keys()
+
+
+def stored(path: str) -> dict[str, Any] | None:
+  """The config of the run in a folder, None where there is no run.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  mark = pathlib.Path(path) / _MARK
+  if not mark.is_file():
+    return None
+  try:
+    return json.loads(mark.read_bytes())
+  except (OSError, ValueError) as e:
+    raise errors.UserError(
+      f"{mark} is not JSON, so there is no run to go on with. Give"
+      " another --output_dir, or --overwrite to begin anew."
+    ) from e
+
+
 def create(
   path: str,
   config: Mapping[str, Any],
   overwrite: bool = False,
   resume: bool = False,
+  free: Collection[str] = (),
 ) -> pathlib.Path:
   """Makes the folder of a new run, or opens that of one to go on with.
 
@@ -50,30 +155,25 @@ def create(
     path: where.
     config: what `config.json` will hold. A run goes on only under the values
       that it began with, those of `_FREE` aside.
-    overwrite: whether a former run there may go. Only a folder that holds a
-      `config.json` counts as a run.
+    overwrite: whether a former run there may go. Only a folder that holds the
+      `config.json` of a run counts as one.
     resume: whether to go on with the run that is there, if one is.
+    free: names in the config that may have changed since; the new ones are
+      kept.
 
   Raises:
     UserError: something is there already, or it cannot be made.
   """
   folder = pathlib.Path(path)
-  if resume and (folder / _MARK).is_file():
-    _check_same(folder, config)
+  check(path, overwrite, resume)
+  old = stored(path) if resume else None
+  if old is not None:
+    _check_same(folder, old, config, free)
+    if any(old.get(name) != config[name] for name in free):
+      write_json(folder / _MARK, config)
     return folder
   try:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      if not overwrite:
-        raise errors.UserError(
-          f"{folder} exists already and nothing was changed. Give another"
-          " --output_dir, --resume to go on with the run in it, or --overwrite"
-          " to replace it."
-        )
-      if not (folder / _MARK).is_file():
-        raise errors.UserError(
-          f"{folder} holds no {_MARK}, so it is not a run and --overwrite"
-          " leaves it alone. Give another --output_dir."
-        )
+    if overwrite and (folder / _MARK).is_file():
       shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as e:
@@ -85,25 +185,45 @@ def create(
   return folder
 
 
-def _check_same(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-  try:
-    old = json.loads((folder / _MARK).read_text())
-  except json.JSONDecodeError as e:
-    raise errors.UserError(
-      f"{folder / _MARK} is not JSON, so there is no run to go on with. Give"
-      " another --output_dir, or --overwrite to begin anew."
-    ) from e
+def _check_same(
+  folder: pathlib.Path,
+  old: Mapping[str, Any],
+  config: Mapping[str, Any],
+  free: Collection[str],
+) -> None:
   new = json.loads(json.dumps(config))
   differing = [
-    f"--{name} was {old.get(name)!r} and is {value!r}"
+    name
     for name, value in new.items()
-    if name not in _FREE and old.get(name) != value
+    if name not in _FREE and name not in free and old.get(name) != value
   ]
-  if differing:
+  derived = dict(_DERIVED)
+  by_flag = [
+    f"--{name} was {_flag(old.get(name))} and is {_flag(new[name])}"
+    for name in differing
+    if name not in derived
+  ]
+  if by_flag:
     raise errors.UserError(
-      f"{folder} cannot go on under another config: {'; '.join(differing)}."
-      " Give the values that it began with, or another --output_dir."
+      f"{folder} cannot go on under another config: {'; '.join(by_flag)}. Leave"
+      " these flags out, for the values that it began with, or give another"
+      " --output_dir."
     )
+  for name, words in _DERIVED:
+    if name in differing:
+      why = f"its {_MARK} does not say {name}, as of an older version. Give"
+      if name in old:
+        why = f"{words(old[name], new[name])}, or give"
+      raise errors.UserError(
+        f"{folder} cannot go on here: {why} another --output_dir."
+      )
+
+
+def _flag(value: Any) -> str:
+  """A stored value as the command line has it."""
+  if value is None:
+    return "not given"
+  return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The task `leakage`: what an attacker will reach, predicted in seconds.
+"""The task `leakage`: what an attacker will reach, predicted without attacks.
 
 The updates of given images, one each, under every defence; and, where a byte
 limit is given, a policy file that leaks least within it.
@@ -204,7 +204,7 @@ def markdown(found: dict[str, Any]) -> str:
     size = entry["uplink_bytes_per_client"]
     low, high = (entry[f"psnr_db_predicted_{e}"] for e in ("min", "max"))
     lines.append(
-      f"| {spec} | {size:,.0f} | {float32 / size:.2f}{tables.TIMES} less |"
+      f"| {spec} | {size:,.0f} | {tables.ratio(size, float32)} |"
       f" {entry['psnr_db_predicted_median']:.1f} | {low:.1f} to {high:.1f} |"
     )
   for name, label in tables.REFERENCE_NAMES.items():

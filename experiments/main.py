@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
   host.tune()
   # Before JAX looks for its devices: on a CPU, one device a core.
   jax.config.update(
-    "jax_num_cpu_devices", flags.FLAGS.devices or os.cpu_count()
+    "jax_num_cpu_devices", config.devices(flags.FLAGS) or os.cpu_count()
   )
   if flags.FLAGS.coordinator_address is not None:
     return _execute_together(argv)
@@ -153,7 +153,8 @@ def _explain(e: errors.UserError | KeyboardInterrupt) -> tuple[int, str]:
     return 2, f"error: {e}"
   return 130, (
     "interrupted: every finished round and reconstruction is in"
-    f" {flags.FLAGS.output_dir}"
+    f" {flags.FLAGS.output_dir}; --resume --output_dir={flags.FLAGS.output_dir}"
+    " goes on from the last checkpoint"
   )
 
 
@@ -175,6 +176,7 @@ def run(values: config.Config) -> pathlib.Path | None:
     print(dry_run.text(values, built, measure))
     return None
   if values.task == "study":
+    folder.check(values.output_dir, values.overwrite, values.resume)
     run_dir = study.run(values, measure)
     page = html.write(run_dir)
     print(f"{study_page.markdown(run_dir)}\nThe report is {page}")
@@ -221,6 +223,9 @@ def measure(
       "commit": environment["commit"],
     },
   )
+  if distributed.is_main():
+    # Before noise is calibrated, which can take half a minute.
+    folder.check(values.output_dir, values.overwrite, values.resume)
   built = setting.build(values, data)
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
@@ -262,8 +267,7 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     left = flags.FLAGS(argv)
   except flags.Error as e:
-    text = " ".join(str(e).split())
-    print(f"error: {text} --help lists the flags.", file=sys.stderr)
+    print(f"error: {help_page.mistake(e)}", file=sys.stderr)
     sys.exit(2)
   # Libraries report every checkpoint at the level of information, which absl
   # sets after parsing where no other is given.

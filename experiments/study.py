@@ -55,6 +55,8 @@ _STUDY = (
   *("study_datasets", "study_seeds", "study_batches", "study_local_steps"),
   "study_encryption",
 )
+# What the grid is made of: it may grow from one start to the next.
+_GRID = (*_STUDY, "defense", "attack", "attack_knowledge")
 
 
 class Cell(NamedTuple):
@@ -192,6 +194,7 @@ def run(
     },
     values.overwrite,
     values.resume,
+    _GRID,
   )
   todo = [cell for cell in cells if not _done(cell)]
   bar = tqdm.tqdm(

@@ -433,13 +433,19 @@ def _import_tfds() -> Any:
 
 def _prepare(name: str, root: pathlib.Path) -> None:
   """Downloads and prepares a set, where TensorFlow is installed."""
-  problem = f"{name} is not prepared: no {root}/{name}/VERSION/*.array_record*"
-  ways_out = (
-    "Give the folder that holds it (--data_dir=FOLDER), or, with a network, "
-    'pip install "mpqfl_jax[prepare]" and start again to download it.'
+  sample = next((s for s, info in SAMPLES.items() if info.full == name), None)
+  embedded = f"use --dataset={sample}, the embedded sample, or " * bool(sample)
+  way_out = (
+    f"{embedded}give the folder that holds the full set (--data_dir=FOLDER), "
+    'or, with a network, pip install "mpqfl_jax[prepare]" and start again to '
+    "download it"
+  )
+  problem = (
+    f"the full set {name} is not on this machine: {way_out}. Looked for: "
+    f"{root}/{name}/VERSION/*.array_record*"
   )
   if importlib.util.find_spec("tensorflow") is None:
-    raise errors.UserError(f"{problem}, and no TensorFlow. {ways_out}")
+    raise errors.UserError(f"{problem}; and TensorFlow is not installed.")
   tfds = _import_tfds()
   try:
     builder = tfds.builder(name, data_dir=str(root))
@@ -447,7 +453,7 @@ def _prepare(name: str, root: pathlib.Path) -> None:
   except Exception as error:  # whatever the network or the disk comes up with
     lines = str(error).strip().splitlines() or [type(error).__name__]
     raise errors.UserError(
-      f"{problem}, and preparing it failed: {lines[0]}. {ways_out}"
+      f"{problem}; and preparing it failed: {lines[0]}."
     ) from error
 
 

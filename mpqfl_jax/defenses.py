@@ -502,6 +502,11 @@ def make(
     return built._replace(spec=spec)
   known = [*TRANSFORMING, *precision.CODECS]
   if name not in precision.CODECS and not name.endswith(".toml"):
+    if pathlib.PurePath(name).suffix or len(pathlib.PurePath(name).parts) > 1:
+      raise errors.UserError(
+        f"unknown defense {name!r}: policy files end in .toml. Expected one, or"
+        " a name that list codecs defences shows."
+      )
     raise errors.unknown_name("defense", name, known)
   codec = precision.make(name, params, **options)
   return Defense(spec, transforms.identity(), codec, None)

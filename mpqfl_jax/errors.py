@@ -14,8 +14,13 @@ class UserError(ValueError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
   """The error for a name that no table holds, with the nearest right one."""
   known = sorted(known)
-  near = difflib.get_close_matches(name, known, n=1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
   return UserError(
-    f"unknown {kind} {name!r}.{hint} Expected one of: {', '.join(known)}."
+    f"unknown {kind} {name!r}.{did_you_mean(name, known)} Expected one of:"
+    f" {', '.join(known)}."
   )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """A sentence with the nearest right name, a space before it; else nothing."""
+  near = difflib.get_close_matches(name, sorted(known), n=1)
+  return f" Did you mean {near[0]!r}?" if near else ""

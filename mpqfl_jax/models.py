@@ -5,6 +5,7 @@ No module past this one knows Flax.
 
 from collections.abc import Callable, Sequence
 import functools
+import inspect
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -305,13 +306,24 @@ def make(
       and float32 summation order, nothing else.
 
   Raises:
-    UserError: no such model or form.
+    UserError: no such model or form, or a module without the fields that are
+      set here.
   """
   if name not in MODELS:
     raise errors.unknown_name("model", name, MODELS)
   if conv not in layers.FORMS:
     raise errors.unknown_name("convolution form", conv, layers.FORMS)
-  module = MODELS[name][0](classes=num_classes, conv=conv)
+  build = MODELS[name][0]
+  fields = {"classes": num_classes, "conv": conv}
+  try:
+    inspect.signature(build).bind(**fields)
+  except TypeError as e:
+    raise errors.UserError(
+      f"model {name!r} cannot be built with classes={num_classes} and"
+      f" conv={conv!r}: {e}. Give the module the fields classes (int) and conv"
+      " (str, which it may ignore), and all others a default."
+    ) from e
+  module = build(**fields)
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
   @jax.jit

@@ -153,12 +153,18 @@ def _folder(place: pathlib.Path) -> Dataset:
         f"{place / split / unknown[0]} is a class that"
         f" {place / 'train'} does not have. {_FORM}"
       )
-    files = [
-      (file, label)
-      for label, name in enumerate(classes)
-      for file in sorted((place / split / name).glob("*"))
-      if file.suffix.lower() in _SUFFIXES
-    ]
+    files = []
+    for label, name in enumerate(classes):
+      here = place / split / name
+      mine = [
+        f for f in sorted(here.glob("*")) if f.suffix.lower() in _SUFFIXES
+      ]
+      if not mine:
+        raise errors.UserError(
+          f"no pictures of the class {name!r} in {here}. {_FORM} Every class"
+          " needs some in both."
+        )
+      files += [(file, label) for file in mine]
     if not files:
       raise errors.UserError(f"no pictures in {place / split}. {_FORM}")
     arrays += [_pictures([file for file, _ in files])]

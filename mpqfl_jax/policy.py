@@ -1,6 +1,7 @@
 """Rules by path: which leaves they match, and the files that hold them."""
 
 from collections.abc import Mapping, Sequence
+import difflib
 import fnmatch
 import pathlib
 import re
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from mpqfl_jax import trees
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.types import Params
+
+# What a rule must have, as a file has it.
+_LIKE = {"path": '"conv*"', "precision": '"int4"'}
 
 
 class QuantRule(NamedTuple):
@@ -105,8 +109,15 @@ def read(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
   """
   try:
     content = tomllib.loads(path.read_text(encoding="utf-8"))
-  except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-    raise UserError(f"policy file {path}: {error}.") from error
+  except OSError as error:
+    raise UserError(
+      f"cannot read the policy file {path}: {error.strerror}. Expected a file"
+      " of [[rule]] tables, such as experiments/policies/mixed_both.toml."
+    ) from error
+  except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    raise UserError(
+      f"policy file {path} is not TOML: {error}. Expected [[rule]] tables."
+    ) from error
   rules = content.pop("rule", None)
   if content or not isinstance(rules, list) or not rules:
     raise UserError(
@@ -115,10 +126,21 @@ def read(path: pathlib.Path) -> tuple[str, list[QuantRule]]:
     )
   parsed = []
   for i, rule in enumerate(rules, 1):
+    where = f"policy file {path}, rule {i}"
+    if not isinstance(rule, dict):
+      raise UserError(f"{where} is {rule!r}. Expected a [[rule]] table.")
     for key in ("path", "precision"):
-      if not isinstance(rule, dict) or not isinstance(rule.get(key), str):
+      if key not in rule:
+        slip = difflib.get_close_matches(key, rule, n=1)
+        if slip:
+          raise UserError(
+            f"{where}: unknown key {slip[0]!r}. Did you mean {key!r}?"
+          )
+        raise UserError(f"{where} has no {key}. Expected {key} = {_LIKE[key]}.")
+      if not isinstance(rule[key], str):
         raise UserError(
-          f"policy file {path}, rule {i}: {key} must be a string."
+          f"{where}: {key} is {rule[key]!r} and must be a string. Expected, for"
+          f" instance, {key} = {_LIKE[key]}."
         )
     parsed.append(QuantRule(rule.pop("path"), rule.pop("precision"), rule))
   return path.stem, parsed

@@ -199,13 +199,19 @@ def leaf_codec(
   return build(shape, **options)
 
 
-def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
+def from_rules(
+  name: str,
+  rules: Sequence[QuantRule],
+  params: Params,
+  file: str | None = None,
+) -> Codec:
   """The codec that sends every leaf by the first rule that matches it.
 
   Args:
     name: of the policy; both sides of the wire compare it.
     rules: in order of precedence.
     params: parameters, or their shapes.
+    file: where the rules come from, for messages.
 
   Returns:
     The codec.
@@ -214,12 +220,18 @@ def from_rules(name: str, rules: Sequence[QuantRule], params: Params) -> Codec:
     UserError: a leaf that no rule matches, a rule that is first for no leaf, an
       unknown precision or option.
   """
-  leaves = [
-    leaf_codec(rule.precision, tuple(leaf.shape), rule.options)
-    for rule, leaf in zip(
-      policy.assign(name, rules, params), jax.tree.leaves(params), strict=True
-    )
-  ]
+  leaves = []
+  for rule, leaf in zip(
+    policy.assign(name, rules, params), jax.tree.leaves(params), strict=True
+  ):
+    try:
+      leaves.append(leaf_codec(rule.precision, tuple(leaf.shape), rule.options))
+    except UserError as e:
+      if file is None:
+        raise
+      raise UserError(
+        f"policy file {file}, rule {rules.index(rule) + 1}: {e}"
+      ) from e
   return codecs.per_leaf(name, params, leaves)
 
 
@@ -311,7 +323,7 @@ def make(name: str, params: Params, **options: Any) -> Codec:
         f"policy file {name}: takes no options, got {', '.join(options)}; write"
         " them into its rules."
       )
-    codec = from_rules(*policy.read(pathlib.Path(name)), params)
+    codec = from_rules(*policy.read(pathlib.Path(name)), params, name)
   else:
     raise errors.unknown_name(
       "codec (a policy file would end in .toml)", name, CODECS

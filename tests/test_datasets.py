@@ -466,6 +466,9 @@ def test_unprepared_without_tensorflow(layout, tmp_path, monkeypatch):
   assert str(tmp_path / "mnist") in message
   assert "--data_dir" in message
   assert 'pip install "mpqfl_jax[prepare]"' in message
+  # What works at once comes first.
+  first = message.split(", or ")[0]
+  assert "use --dataset=mnist_sample, the embedded sample" in first
 
 
 def test_missing_extra(small, monkeypatch):

@@ -66,6 +66,7 @@ def test_bins_hold_the_update_that_the_client_meant_to_send(spec):
     ("dp_gaussian(sigma=1)", "unknown parameter"),
     ("dp_gaussian(noise_multiplier=0)", "without noise there is no"),
     ("inexistent.toml", "inexistent.toml"),
+    ("policy.tml", "'policy.tml': policy files end in .toml. Expected one, or"),
   ],
 )
 def test_mistakes_are_named(spec, words):

@@ -1,5 +1,6 @@
 """The pages: the site builds without a warning, code is code, flags exist."""
 
+import json
 import os
 import pathlib
 import re
@@ -98,6 +99,34 @@ def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch):
   for page, text in blocks("python"):
     if page == name:
       exec(compile(text, name, "exec"), space)
+
+
+def test_the_codec_of_the_readme_needs_nothing_else(capsys):
+  (text,) = (text for page, text in blocks("python") if page == "README.md")
+  exec(compile(text, "README.md", "exec"), {})
+  assert "bytes instead of 2560" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_first_command_of_the_tutorial_takes_images_back(tmp_path):
+  (line,) = (
+    line
+    for page, line in commands()
+    if page == "tutorial.md" and "--output_dir=runs/first" in line
+  )
+  run = tmp_path / "first"
+  words = [
+    f"--output_dir={run}" if word.startswith("--output_dir") else word
+    for word in shlex.split(line)[1:]
+  ]
+  done = subprocess.run(
+    [sys.executable, *words], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads((run / "summary.json").read_text())["defenses"]
+  undefended = found["none"]["attacks"]["dlg"]["blind"]
+  assert undefended["success_rate"] == 1
+  assert undefended["psnr_db_median"] > 60
 
 
 def commands():

@@ -81,7 +81,7 @@ def test_a_run_leaves_the_promised_files(attacked):
     "defense, attack, knowledge, dataset, model, image, round, batch_size,"
     " local_steps, local_epochs, threat, labels_known, weights, iterations,"
     " restarts, objective, seconds, mse, psnr_db, ssim, ms_ssim,"
-    " label_correct, label_accuracy, reidentified"
+    " label_correct, label_accuracy, reidentified, candidates, guess_psnr_db"
   )
   found = lines(attacked / "attacks.jsonl")
   assert set(found[0]) == {"client", *wanted.split(", ")}
@@ -667,6 +667,34 @@ def test_a_folder_that_exists_is_kept(attacked, tmp_path, capfd):
   assert execute(*SMALL, f"--output_dir={other / 'thesis.txt'}") == 2
 
 
+@pytest.mark.parametrize("flag", [None, "--overwrite", "--resume"])
+@pytest.mark.parametrize("what", ["file", "folder", "config"])
+def test_only_what_works_is_suggested(what, flag, tmp_path, capfd):
+  place = tmp_path / "place"
+  if what == "file":
+    place.write_text("mine")
+  else:
+    place.mkdir()
+    name = "config.json" if what == "config" else "thesis.txt"
+    (place / name).write_text('{"layers": 3}')
+  args = () if flag is None else (flag,)
+  assert execute(*SMALL, f"--output_dir={place}", *args) == 2
+  err = capfd.readouterr().err
+  assert "Give a" in err and err.count("\n") == 1 and place.exists()
+  # The flag may be named as what does not help, not as what would.
+  assert not re.search(r"Give .*--(resume|overwrite)", err)
+
+
+def test_a_folder_that_exists_is_refused_before_anything_is_built(
+  attacked, capfd, monkeypatch
+):
+  monkeypatch.setattr(setting, "build", lambda *_: pytest.fail("too late"))
+  for task in ("train", "leakage", "study"):
+    args = (f"--task={task}", "--batch_size=1", f"--output_dir={attacked}")
+    assert execute(*SMALL, *args, "--rounds=3") == 2
+    assert "exists already" in capfd.readouterr().err
+
+
 def test_a_corrupt_sample_is_one_line(tmp_path, capfd, monkeypatch):
   from mpqfl_jax import datasets
 
@@ -695,7 +723,8 @@ def test_an_interrupt_keeps_every_finished_round(tmp_path, capfd, monkeypatch):
   monkeypatch.setattr(folder, "append_line", append_then_stop)
   assert execute(*SMALL, f"--output_dir={run}") == 130
   assert [r["round"] for r in lines(run / "metrics.jsonl")] == [1, 2]
-  assert "interrupted" in capfd.readouterr().err
+  err = capfd.readouterr().err
+  assert "interrupted" in err and f"--resume --output_dir={run}" in err
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def blocks(section: str) -> list[tuple[str, str, str]]:
 
 
 def test_every_block_is_taken():
-  assert len(SECTIONS) == 7
+  assert len(SECTIONS) == 8
   for name, text in SECTIONS.items():
     found = blocks(name)
     assert len(found) == text.count("```") // 2, name
@@ -78,5 +78,7 @@ def test_a_section_does_what_it_says(section, tmp_path):
         [sys.executable, *words[1:]], cwd=copy, capture_output=True, text=True
       )
       assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+      if "--attack=adam" in words:
+        assert "rebuilt 4 of 4 images" in done.stdout, done.stdout
       if words[2] == "pytest":
         assert re.search(r"\d+ passed", done.stdout), done.stdout

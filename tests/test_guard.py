@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import config, main
+from experiments import leakage as task
 from mpqfl_jax import choice, errors, guard, policy, precision
 from mpqfl_jax.attacks import leakage
+from mpqfl_jax.report import tables
 
 PARAMS = {
   "a": {"kernel": jax.ShapeDtypeStruct((40,), jnp.float32)},
@@ -82,6 +84,24 @@ def test_the_bytes_are_those_of_the_message(tmp_path):
   update = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), PARAMS)
   payload, _ = codec.encode(jax.random.key(0), update, codec.init(update))
   assert len(codec.pack(jax.device_get(payload))) == found.num_bytes <= 100
+
+
+def test_what_costs_as_much_as_float32_is_called_the_same():
+  psnr = {f"psnr_db_predicted_{e}": 30.0 for e in ("median", "min", "max")}
+  text = task.markdown(
+    {
+      "uplink_bytes_per_client_float32": 1000,
+      "defenses": {
+        "none": {"uplink_bytes_per_client": 1000, **psnr},
+        "int4": {"uplink_bytes_per_client": 125, **psnr},
+      },
+      "references": {
+        name: {"psnr_db_median": 10.0} for name in tables.REFERENCE_NAMES
+      },
+    }
+  )
+  assert "| none | 1,000 | same |" in text
+  assert f"| int4 | 125 | 8.00{tables.TIMES} less |" in text
 
 
 def test_bounds_that_nothing_keeps():

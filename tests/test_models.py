@@ -1,5 +1,6 @@
 """Sizes from the papers, initial weights, normalisation, the loss."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,23 @@ def test_layers_sort_in_the_order_of_the_network(name):
   )
   convs = [layer for layer in layers_ if layer.startswith("conv")]
   assert layers_[: len(convs)] == convs
+
+
+def test_a_module_without_the_fields_is_refused(monkeypatch):
+  class Bare(nn.Module):
+    classes: int
+
+  monkeypatch.setitem(models.MODELS, "bare", (Bare, "no conv"))
+  with pytest.raises(errors.UserError, match=r"the fields classes .* and conv"):
+    _make("bare")
+
+  class More(Bare):
+    conv: str
+    width: int
+
+  monkeypatch.setitem(models.MODELS, "bare", (More, "no width"))
+  with pytest.raises(errors.UserError, match=r"'width'.*all others a default"):
+    _make("bare")
 
 
 def test_normalises_inside():

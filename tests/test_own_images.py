@@ -93,3 +93,8 @@ def test_files_and_folders_of_another_form_are_refused(tmp_path):
   (folder / "train" / "a" / "2.png").unlink()
   (folder / "test" / "b").mkdir()
   refused(folder, "a class that")
+  (folder / "train" / "b").mkdir()
+  Image.new("L", (12, 12)).save(folder / "train" / "b" / "1.png")
+  refused(folder, "no pictures of the class 'b' in .*test/b")
+  (folder / "test" / "b").rmdir()
+  refused(folder, "no pictures of the class 'b' in .*test/b")

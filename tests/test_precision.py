@@ -156,7 +156,7 @@ def test_bad_rules(rules, message):
     ("paper", {"mode": "affine"}, "unknown option of paper"),
     ("mixed_random", {"rounding": "dither"}, "rounding"),
     ("topk", {"error_feedback": 3}, "error_feedback"),
-    ("missing.toml", {}, "missing.toml"),
+    ("missing.toml", {}, "the policy file missing.toml: No such file"),
     ("missing.toml", {"mode": "affine"}, "takes no options"),
   ],
 )
@@ -198,8 +198,21 @@ def test_policy_file(tmp_path):
   ("text", "message"),
   [
     ("", r"expected \[\[rule\]\]"),
-    ("[[rule]]\n", "path must be a string"),
-    ('[[rule]]\npath = "*"\nprecision = 8\n', "precision must be"),
+    ("[[rule]]\n", r'rule 1 has no path. Expected path = "conv\*"'),
+    ('[[rule]]\npath = "*"\nprecision = 8\n', "precision is 8 and must be"),
+    (
+      '[[rule]]\npath = "*"\nprecison = "int4"\n',
+      r"mine.toml, rule 1: unknown key 'precison'. Did you mean 'precision'\?",
+    ),
+    (
+      '[[rule]]\npath = "conv1"\nprecision = "int8"\n'
+      '[[rule]]\npath = "*"\nprecision = "int44"\n',
+      r"mine.toml, rule 2: unknown precision 'int44'. Did you mean 'int4'\?",
+    ),
+    (
+      '[[rule]]\npath = "*"\nprecision = "int4"\nmode = "afine"\n',
+      "mine.toml, rule 1: mode='afine': expected one of",
+    ),
     ('name = "x"\n[[rule]]\npath = "*"\nprecision = "int8"\n', "'name'"),
     ("[[rule\n", "mine.toml"),
     ("rule = [1]\n", "rule 1"),

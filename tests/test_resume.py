@@ -1,5 +1,6 @@
 """A run that dies goes on and ends as one that did not."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import time
 
+from absl import flags
+from absl.testing import flagsaver
 import pytest
 
 from experiments import config, folder, setting
-from mpqfl_jax import client_state, trees
-from tests.test_experiments import SMALL, execute, lines
+from mpqfl_jax import client_state, errors, trees
+from tests.test_experiments import SMALL, execute, from_args, lines
 
 RUN = (
   *SMALL,
@@ -110,6 +113,81 @@ def test_another_config_is_refused_by_name(whole, capfd):
   err = capfd.readouterr().err
   assert "--client_lr was 0.1 and is 0.7" in err and "--seed" in err
   assert "--model" not in err and err.count("\n") == 1
+
+
+def test_resume_and_the_folder_are_enough(whole, capfd):
+  before = _ends(whole)
+  assert execute("--resume", f"--output_dir={whole}") == 0
+  assert _ends(whole) == before
+  # What is given has to be as it was; only that is named.
+  args = ("--resume", f"--output_dir={whole}", "--attack_rounds=2")
+  assert execute(*args, "--model=mlp") == 2
+  err = capfd.readouterr().err
+  assert "--attack_rounds was 1,3 and is 2." in err and "--model" not in err
+  assert "_resolved" not in err
+
+
+def test_what_is_not_given_is_that_of_the_run(whole):
+  args = ("--resume", f"--output_dir={whole}")
+  values = from_args(*args)
+  stored = json.loads((whole / "config.json").read_text())
+  for name, value in dataclasses.asdict(values).items():
+    kept = list(value) if isinstance(value, tuple) else value
+    if name not in ("resume", "output_dir"):
+      assert kept == stored[name], name
+  assert values.defense == ("int4", "dp_gaussian") and values.devices == 2
+  assert config.make(resume=True, output_dir=str(whole)) == values
+  # Where processes share the devices, each start says how.
+  together = ("--coordinator_address=host:1", "--num_processes=2")
+  assert from_args(*args, *together, "--process_id=0").devices is None
+  with flagsaver.flagsaver():
+    flags.FLAGS(["main", *args])
+    assert config.devices(flags.FLAGS) == 2
+
+
+def test_a_run_made_over_another_does_not_go_on_over_itself(tmp_path):
+  values = {"output_dir": str(tmp_path / "run"), "overwrite": True}
+  folder.create(
+    values["output_dir"], dataclasses.asdict(config.make(**values)), True
+  )
+  again = config.make(output_dir=values["output_dir"], resume=True)
+  assert again.resume and not again.overwrite
+
+
+def test_a_slip_in_the_folders_name_begins_no_run(tmp_path, capfd):
+  run = tmp_path / "rnu"
+  assert execute("--resume", f"--output_dir={run}") == 2
+  assert "no run in" in capfd.readouterr().err and not run.exists()
+
+
+@pytest.mark.parametrize(
+  "name, old, new, words",
+  [
+    ("mesh_devices", 2, 1, "made on 2 devices, and this would go on with 1"),
+    ("mesh_devices", 1, 2, "made on 1 device, and"),
+    (
+      "plan_resolved",
+      {"name": "loop", "size": 1, "reason": "cpu: slow"},
+      {"name": "vmap", "size": 0, "reason": "gpu: wide"},
+      "its plan is loop (cpu: slow), and here it would be vmap (gpu: wide)",
+    ),
+    ("parameters", 1000, 2000, "had 1,000 parameters and has 2,000 now"),
+    ("client_state_resolved", {"a": {}}, {"b": {}}, "states of clients"),
+    ("parameters", None, 2000, "of an older version"),
+  ],
+)
+def test_what_no_flag_gives_is_said_in_words(name, old, new, words, tmp_path):
+  begun = {"task": "train", "seed": 0} | ({} if old is None else {name: old})
+  place = str(tmp_path / "run")
+  folder.create(place, begun)
+  with pytest.raises(errors.UserError) as caught:
+    folder.create(place, begun | {name: new}, resume=True)
+  said = str(caught.value)
+  assert words in said and "another --output_dir" in said
+  assert "{" not in said and "_resolved" not in said
+  # A flag that differs is what to mend first.
+  with pytest.raises(errors.UserError, match=r"--seed was 0 and is 1\. Leave"):
+    folder.create(place, begun | {name: new, "seed": 1}, resume=True)
 
 
 def test_resume_with_nothing_there_begins(tmp_path):

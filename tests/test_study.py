@@ -203,6 +203,15 @@ def test_cells_that_are_there_are_not_run_again(tmp_path):
   assert not set(ran) & set(rest)
   with pytest.raises(errors.UserError, match="another config"):
     study.run(tiny(tmp_path / "s", resume=True, rounds=5), pretend)
+  # A grid that has grown runs what is new, and says so in its config.
+  grown = []
+  run = study.run(
+    tiny(tmp_path / "s", resume=True, study_seeds="0,1,7"),
+    lambda values, data: grown.append(values.seed) or pretend(values),
+  )
+  assert grown == [7, 7, 7]
+  kept = json.loads((run / "config.json").read_text())
+  assert kept["study_seeds"] == [0, 1, 7]
 
 
 def test_the_folder_holds_what_scripts_rely_on(pretended):
