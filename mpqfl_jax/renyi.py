@@ -206,13 +206,17 @@ def _front(scalar: Scalar, grid: _Grid, alpha: float) -> _Front:
   corner = np.maximum.reduce(
     [table[:-1, :-1], table[1:, :-1], table[:-1, 1:], table[1:, 1:]]
   )
+  most = float(corner.max())
+  if not np.isfinite(most):  # an order that double precision does not hold
+    nothing = np.ones(1)
+    return _Front(most, nothing, nothing, 0.0, 0.0)
   values = corner.reshape(-1)[grid.order]
   front = np.flatnonzero(np.diff(np.maximum.accumulate(values), prepend=-1))
   values, norms = values[front], grid.norms[front]
   slope, change = _steepest(scalar)
   curve = alpha * slope * change ** abs(alpha - 2)
   dearest = max(curve, float((values / norms).max()))
-  return _Front(float(corner.max()), values, norms, curve, dearest)
+  return _Front(most, values, norms, curve, dearest)
 
 
 def _steepest(scalar: Scalar) -> tuple[float, float]:
