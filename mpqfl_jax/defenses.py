@@ -83,6 +83,13 @@ class Defense(NamedTuple):
     return self.guarantee.epsilon(ledger, delta)
 
 
+def _as_it_is(params: Params) -> Defense:
+  """An update sent in float32, nothing done to it: what others start from."""
+  return Defense(
+    "", transforms.identity(), precision.make("none", params), None
+  )
+
+
 def _additive(
   mechanism: Callable[..., dp.Mechanism],
 ) -> Callable[..., Defense]:
@@ -119,14 +126,10 @@ def _he(
   attacker_holds_key: bool = False,
 ) -> Defense:
   del protocol  # encryption has no (epsilon, delta)
-  return Defense(
-    "",
-    transforms.identity(),
-    precision.make("none", params),
-    None,
+  return _as_it_is(params)._replace(
     encryption=encrypted.options(
       keys, degree, modulus_bits, bound, min_clients, attacker_holds_key
-    ),
+    )
   )
 
 
@@ -151,13 +154,7 @@ def _dp_central(
     rate,
     count_stddev,
   )
-  return Defense(
-    "",
-    transforms.identity(),
-    precision.make("none", params),
-    built.guarantee,
-    central=built,
-  )
+  return _as_it_is(params)._replace(guarantee=built.guarantee, central=built)
 
 
 def _dp_sgd(
@@ -172,11 +169,8 @@ def _dp_sgd(
   settings = dp_sgd.settings(
     protocol, clip, noise_multiplier, epsilon, batches, microbatch
   )
-  return Defense(
-    "",
-    transforms.identity(),
-    precision.make("none", params),
-    settings.guarantee,
+  return _as_it_is(params)._replace(
+    guarantee=settings.guarantee,
     gradient=functools.partial(dp_sgd.private_gradient, private=settings),
     sgd=settings,
   )
@@ -186,12 +180,8 @@ def _clip(
   params: Params, protocol: accounting.Protocol, norm: float = 1.0
 ) -> Defense:
   del protocol  # without noise there is no (epsilon, delta)
-  return Defense(
-    "",
-    transforms.clip(norm),
-    precision.make("none", params),
-    None,
-    clips=(float("inf"), norm),
+  return _as_it_is(params)._replace(
+    transform=transforms.clip(norm), clips=(float("inf"), norm)
   )
 
 
@@ -200,11 +190,7 @@ def _soteria(
 ) -> Defense:
   del protocol
   chosen = heuristics.soteria(ratio)
-  return Defense(
-    "",
-    transforms.identity(),
-    precision.make("none", params),
-    None,
+  return _as_it_is(params)._replace(
     gradient=functools.partial(heuristics.pruned_gradient, chosen=chosen),
     hides_rows=models.head(params).kernel,
   )
@@ -215,11 +201,7 @@ def _mixup(
 ) -> Defense:
   del protocol
   mixing = heuristics.mixup(alpha)
-  return Defense(
-    "",
-    transforms.identity(),
-    precision.make("none", params),
-    None,
+  return _as_it_is(params)._replace(
     gradient=functools.partial(heuristics.mixed_gradient, mixing=mixing),
     mixup=mixing,
   )
