@@ -29,8 +29,8 @@ MOST_BYTES = 1_000_000
 def _tables(run_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
   """Name between the comments -> what stands there: what the run prints.
 
-  Of a study, `NAME claims` are the verdicts alone, and `NAME costs`, `NAME
-  gains` and `NAME settings` are tables of their own.
+  Of a study, `NAME claims` are the verdicts alone, and `NAME defenses`,
+  `NAME costs`, `NAME gains` and `NAME settings` are tables of their own.
   """
   summary = json.loads((run_dir / "summary.json").read_text())
   name = run_dir.name
@@ -38,6 +38,7 @@ def _tables(run_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
     return {
       name: lambda: study.markdown(run_dir),
       f"{name} claims": lambda: study.claims_markdown(study.read(run_dir)),
+      f"{name} defenses": lambda: study.defenses_markdown(study.read(run_dir)),
       f"{name} costs": lambda: study.costs_markdown(study.read(run_dir)),
       f"{name} settings": lambda: study.settings_markdown(study.read(run_dir)),
       f"{name} gains": lambda: study.gains_markdown(study.read(run_dir)),

@@ -150,6 +150,7 @@ def kind(defense: str) -> str | None:
   base = pathlib.PurePath(style.family(defense)).stem
   return {
     "mixed_precision": "precision only",
+    "quiet_back": "precision only",
     "mixed_mode": "mode only",
     "mixed_random": "random for each client",
     "budget": "precision and mode, by error",

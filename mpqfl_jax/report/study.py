@@ -111,12 +111,18 @@ def read(run_dir: str | pathlib.Path) -> Study:
 
 
 def markdown(run_dir: str | pathlib.Path) -> str:
-  """The claims and the defences of a study as Markdown tables."""
+  """The claims, the defences and their costs as Markdown tables."""
   study = read(run_dir)
-  lines = [claims_markdown(study).rstrip("\n")]
+  parts = (claims_markdown, defenses_markdown, costs_markdown)
+  return "\n".join(text for part in parts if (text := part(study)))
+
+
+def defenses_markdown(study: Study) -> str:
+  """Accuracy, bytes and attacks of each defence, a table a data set."""
+  lines: list[str] = []
   for table in _tables(study):
     lines += [
-      "",
+      *([""] if lines else []),
       f"| {table.dataset} | Accuracy, % | Bytes | Blind, dB | Adaptive, dB |"
       " Rebuilt | Strongest |",
       "| :-- | --: | --: | --: | --: | --: | :-- |",
@@ -131,8 +137,7 @@ def markdown(run_dir: str | pathlib.Path) -> str:
       f"| _{name}_ | | | {psnr} | {psnr} | | no attack |"
       for name, psnr, _ in table.references
     ]
-  lines.append(costs_markdown(study).rstrip("\n"))
-  return "\n".join(lines).rstrip("\n") + "\n"
+  return "\n".join(lines) + "\n"
 
 
 def gains_markdown(study: Study) -> str:
@@ -181,12 +186,15 @@ def settings_markdown(study: Study) -> str:
 
 
 def costs_markdown(study: Study) -> str:
-  """What each defence costs, and what it buys, a table a data set."""
+  """What each defence costs and what that buys, a table a data set.
+
+  Empty for a study without costs.
+  """
   lines: list[str] = []
   for paid in _costs(study):
     names = costs.HEADINGS
     lines += [
-      "",
+      *([""] if lines else []),
       f"| {paid.dataset} | Accuracy, % | {names.uplink} | {names.downlink} |"
       f" {names.train} | {names.send} | {names.server} | {names.keys} | ε |"
       " Strongest attack, dB |",
@@ -198,7 +206,7 @@ def costs_markdown(study: Study) -> str:
       f" {row.strongest} |"
       for c, row in paid.rows
     ]
-  return "\n".join(lines) + "\n"
+  return "\n".join(lines) + "\n" * bool(lines)
 
 
 def claims_markdown(study: Study) -> str:
