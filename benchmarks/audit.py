@@ -1,6 +1,6 @@
 """Does a mechanism keep to its epsilon? A canary audit, and one that must fail.
 
-    python -m benchmarks.audit --runs=40000 --page=docs/privacy.md
+    python -m benchmarks.audit --runs=40000
     python -m benchmarks.audit --defense="dp_pbm(theta=0.05,trials=16)"
     python -m benchmarks.audit --defense="dp_gaussian(noise_multiplier=2)" \
       --claim="dp_gaussian(noise_multiplier=4)"
@@ -13,7 +13,6 @@ same claim: an audit that does not catch those shows nothing. The exit status is
 """
 
 import argparse
-from collections.abc import Sequence
 import json
 import pathlib
 import sys
@@ -23,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import page
 from mpqfl_jax import accounting, audit, defenses, errors, models
 from mpqfl_jax.types import Examples
 
@@ -134,7 +132,6 @@ def _parse() -> argparse.Namespace:
   parser.add_argument("--confidence", type=float, default=0.999)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--json", help="Also write the rows to this file.")
-  parser.add_argument("--page", help="Put the table into this page.")
   return parser.parse_args()
 
 
@@ -165,26 +162,7 @@ def main() -> int:
     )
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
-  if args.page:
-    page.put(pathlib.Path(args.page), "audit", table(rows))
   return int(wrong)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-  """The rows in GitHub's dialect."""
-  lines = [
-    "| what runs | claims | epsilon claimed | proven | |",
-    "| :-- | :-- | --: | --: | :-- |",
-  ]
-  for row in rows:
-    same = row["runs_as"] == row["claims_to_be"]
-    claims = "to be itself" if same else f"`{row['claims_to_be']}`"
-    lines.append(
-      f"| `{row['runs_as']}` | {claims} | {row['epsilon_claimed']:.2f} |"
-      f" {row['epsilon_lower_bound']:.2f} |"
-      f" {'**caught**' if row['caught'] else 'kept'} |"
-    )
-  return "\n".join(lines)
 
 
 if __name__ == "__main__":
