@@ -212,7 +212,7 @@ def test_a_mistake_that_one_finds_stops_all(tmp_path, port):
   args = (*RUN, "--devices=1", f"--output_dir={run}")
   with started(together(port, 2, *args)) as processes:
     (zero, one) = ends(processes)
-  assert zero[0] == 2 and zero[2].startswith(f"error: {run} exists already")
+  assert zero[0] == 2 and zero[2].startswith(f"error: {run} holds files but")
   assert one[0] == distributed.STOPPED
   assert one[2].startswith("error: process 0 of 2 stopped: ")
   assert one[2].count("\n") == zero[2].count("\n") == 1
