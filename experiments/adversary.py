@@ -42,6 +42,7 @@ def attack_all(
   """
   model = setting.model(config, built.data, attack_conv())
   auxiliary = auxiliary_images(built, watched)
+  mean = mean_image(built)
   summaries: dict[str, dict[str, Any]] = {}
   for spec in config.attack:
     label = attack_label(config, spec)
@@ -57,7 +58,7 @@ def attack_all(
               lines = _unreadable(config, label, knowledge, mine, run_dir)
             elif not lines:
               lines = _attack(
-                config, built, attack, label, knowledge, mine, run_dir
+                config, built, attack, label, knowledge, mine, mean, run_dir
               )
             scores.setdefault(defense.spec, []).extend(lines)
       for defense_spec, lines in scores.items():
@@ -71,7 +72,7 @@ def attack_all(
   if seen:
     references = metrics.references(
       np.stack(list(seen.values())),
-      mean_image(built),
+      mean,
       setting.rng(config, setting.NOISE_IMAGES),
     )
   return summaries, references
@@ -368,6 +369,7 @@ def _attack(
   label: str,
   knowledge: str,
   watched: Sequence[observations.Watched],
+  mean: np.ndarray,
   run_dir: pathlib.Path,
 ) -> list[dict[str, Any]]:
   truths = [truth(built, w) for w in watched]
@@ -388,7 +390,6 @@ def _attack(
   lines: list[dict[str, Any]] = []
   kept: dict[int, list[tuple]] = {}
   pool = np.asarray(built.data.x_train[: metrics.MAX_CANDIDATES]) / 255.0
-  mean = mean_image(built)
   noise = setting.rng(config, setting.NOISE_IMAGES)
   for i, (w, (x, y)) in enumerate(zip(watched, truths, strict=True)):
     order = metrics.match(x, found.x[i])

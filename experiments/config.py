@@ -108,6 +108,8 @@ def devices(values: flags.FlagValues) -> int | None:
   JAX has to be told before it starts, and so before there is a config: what is
   wrong with the run's folder, `from_flags` says.
   """
+  if not values.resume:
+    return values.devices
   try:
     return from_flags(values).devices
   except errors.UserError:

@@ -21,7 +21,7 @@ from experiments import attack, folder, setting, summary
 from experiments.config import Config
 from mpqfl_jax import encrypted, errors, federated, trees
 from mpqfl_jax.defenses import Defense
-from mpqfl_jax.types import Cohort, Examples, PyTree, Update
+from mpqfl_jax.types import Cohort, PyTree, Update
 
 # A function is repeated this often at least, and for this long.
 _REPEATS, _SECONDS = 5, 0.3
@@ -71,14 +71,7 @@ def _measure(
   sent: federated.Broadcast,
   downlink_bytes: int,
 ) -> dict[str, Any]:
-  who = _median_client(built)
-  rows = built.clients.order[int(who.offset) :][: int(who.size)]
-  examples = Examples(
-    jnp.asarray(built.data.x_train[rows]),
-    jnp.asarray(built.data.y_train[rows], jnp.int32),
-    jnp.arange(len(rows), dtype=jnp.int32),
-  )
-  here = who._replace(offset=jnp.int32(0))
+  examples, who = setting.alone(built, _median_client(built))
   keys = federated.client_keys(setting.key(config, setting.ROUNDS), 0)
   training = setting.training(config, built, defense)
 
@@ -87,8 +80,8 @@ def _measure(
     return training(
       params,
       examples,
-      here.offset,
-      here.size,
+      who.offset,
+      who.size,
       keys.batches,
       sent.learning_rate,
       None,
@@ -114,11 +107,9 @@ def _measure(
   return {**common, **found, "keys": _keys(config, defense)}
 
 
-def _median_client(built: setting.Setting) -> Cohort:
+def _median_client(built: setting.Setting) -> int:
   order = np.argsort(built.clients.sizes, kind="stable")
-  client = order[len(order) // 2]
-  place = (client, built.clients.offsets[client], built.clients.sizes[client])
-  return Cohort._make(jnp.int32(int(n)) for n in place)
+  return int(order[len(order) // 2])
 
 
 def _readable(

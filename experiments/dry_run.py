@@ -24,7 +24,7 @@ from mpqfl_jax import (
   federated,
   precision,
 )
-from mpqfl_jax.types import Cohort, Examples, Update
+from mpqfl_jax.types import Update
 
 ROUNDS = 2
 
@@ -129,16 +129,9 @@ def _update(
     defense.transform,
     precision.make("none", built.template),
   )
-  offset, size = int(built.clients.offsets[0]), int(built.clients.sizes[0])
-  rows = built.clients.order[offset : offset + size]
-  examples = Examples(
-    jnp.asarray(built.data.x_train[rows]),
-    jnp.asarray(built.data.y_train[rows], jnp.int32),
-    jnp.arange(size, dtype=jnp.int32),
-  )
+  examples, who = setting.alone(built, 0)
   params = built.model.init(setting.key(config, setting.WEIGHTS))
   sent = federated.Broadcast(params, (), jnp.float32(built.rates.client(0)))
-  who = Cohort(jnp.int32(0), jnp.int32(0), jnp.int32(size))
   key = setting.key(config, setting.ROUNDS)
   return jax.jit(client.turn)(
     sent, examples, who, client.init(params), key

@@ -168,8 +168,10 @@ def create(
   check(path, overwrite, resume)
   old = stored(path) if resume else None
   if old is not None:
-    _check_same(folder, old, config, free)
-    if any(old.get(name) != config[name] for name in free):
+    # As a file has it: tuples are lists there.
+    new = json.loads(json.dumps(config))
+    _check_same(folder, old, new, free)
+    if any(old.get(name) != new[name] for name in free):
       write_json(folder / _MARK, config)
     return folder
   try:
@@ -188,10 +190,9 @@ def create(
 def _check_same(
   folder: pathlib.Path,
   old: Mapping[str, Any],
-  config: Mapping[str, Any],
+  new: Mapping[str, Any],
   free: Collection[str],
 ) -> None:
-  new = json.loads(json.dumps(config))
   differing = [
     name
     for name, value in new.items()

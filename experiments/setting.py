@@ -31,7 +31,7 @@ from mpqfl_jax import (
   specs,
 )
 from mpqfl_jax.attacks import imprint
-from mpqfl_jax.types import Codec, Cohort, Model, Params
+from mpqfl_jax.types import Codec, Cohort, Examples, Model, Params
 
 # Each use of randomness has its own stream, so that adding one moves no other.
 PARTITION, SAMPLING, NOISE_IMAGES = range(3)
@@ -213,8 +213,7 @@ def _training(
   gradient = None
   if defense is not None and defense.gradient is not None:
     gradient = defense.gradient(net)
-    poisson = defense.sgd is not None and defense.sgd.batches == "poisson"
-    schedule = schedule._replace(poisson=poisson)
+    schedule = schedule._replace(poisson=defense.poisson)
   prox_mu = config.prox_mu if config.algorithm == "fed_prox" else 0.0
   return local.sgd(net, optax.sgd, schedule, prox_mu, gradient)
 
@@ -249,12 +248,28 @@ def _check_proof(config: Config, defense: defenses.Defense) -> None:
       f" {defense.spec} does not replace. Expected fed_avg, fed_prox or"
       " scaffold."
     )
-  poisson = defense.sgd is not None and defense.sgd.batches == "poisson"
-  if config.attack and poisson:
+  if config.attack and defense.poisson:
     raise errors.UserError(
       f"--attack on {defense.spec}: how many images a Poisson batch holds is"
       " secret, which the attacks do not model. Expected batches=fixed."
     )
+
+
+def alone(built: Setting, client: int) -> tuple[Examples, Cohort]:
+  """One client's examples on the device, and the client among them.
+
+  Args:
+    built: the run's.
+    client: its id.
+  """
+  rows = built.clients.client(client)
+  examples = Examples(
+    jnp.asarray(built.data.x_train[rows]),
+    jnp.asarray(built.data.y_train[rows], jnp.int32),
+    jnp.arange(len(rows), dtype=jnp.int32),
+  )
+  who = Cohort(jnp.int32(client), jnp.int32(0), jnp.int32(len(rows)))
+  return examples, who
 
 
 def sample(

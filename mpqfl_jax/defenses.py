@@ -76,6 +76,11 @@ class Defense(NamedTuple):
       return None
     return encrypted.UNREADABLE
 
+  @property
+  def poisson(self) -> bool:
+    """Whether clients draw their batches by coins, as the proof needs it."""
+    return self.sgd is not None and self.sgd.batches == "poisson"
+
   def epsilon(self, ledger: accounting.Ledger, delta: float) -> float | None:
     """Epsilon of what was released, None where there is no proof."""
     if self.guarantee is None:

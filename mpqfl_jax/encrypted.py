@@ -286,6 +286,12 @@ def _with_group(params: he.Parameters, members: Sequence[int]) -> _Keys:
   )
 
 
+def _handed_out(pair: he.SecretKey, clients: int) -> int:
+  """Bytes in which who made a shared pair hands it on, sealed for each."""
+  size = len(pair.serialized) + len(pair.public.serialized)
+  return (clients - 1) * (size + _SEAL_BYTES["per_client"])
+
+
 def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
   """Makes the keys that are needed from the start.
 
@@ -303,13 +309,8 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
   if chosen.keys == "shared":
     start = time.perf_counter()
     shared = he.key_pair(params)
-    # The one that made it hands it to all others, sealed for each.
-    size = len(shared.serialized) + len(shared.public.serialized)
-    set_up = SetUp(
-      1,
-      time.perf_counter() - start,
-      (num_clients - 1) * (size + _SEAL_BYTES["per_client"]),
-    )
+    seconds = time.perf_counter() - start
+    set_up = SetUp(1, seconds, _handed_out(shared, num_clients))
 
   def pair_of(client: int) -> _Keys:
     start, new = time.perf_counter(), client not in pairs
@@ -445,11 +446,10 @@ def keys_for(chosen: Options, clients: int) -> SetUp:
   start = time.perf_counter()
   pairs = [he.key_pair(params) for _ in range(tries)]
   each = (time.perf_counter() - start) / tries
-  public = len(pairs[0].public.serialized)
   if chosen.keys == "per_client":
+    public = len(pairs[0].public.serialized)
     return SetUp(clients, clients * each, clients * public)
-  handed = len(pairs[0].serialized) + public + _SEAL_BYTES["per_client"]
-  return SetUp(1, each, (clients - 1) * handed)
+  return SetUp(1, each, _handed_out(pairs[0], clients))
 
 
 def seen_alone(chosen: Options, update: Update) -> Seen:

@@ -203,6 +203,12 @@ def test_cells_that_are_there_are_not_run_again(tmp_path):
   assert not set(ran) & set(rest)
   with pytest.raises(errors.UserError, match="another config"):
     study.run(tiny(tmp_path / "s", resume=True, rounds=5), pretend)
+  # The same grid again leaves its config as it is.
+  mark = tmp_path / "s" / "config.json"
+  before = json.loads(mark.read_text()) | {"command": ["as it began"]}
+  mark.write_text(json.dumps(before))
+  study.run(tiny(tmp_path / "s", resume=True), pretend)
+  assert json.loads(mark.read_text()) == before
   # A grid that has grown runs what is new, and says so in its config.
   grown = []
   run = study.run(

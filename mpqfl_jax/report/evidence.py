@@ -122,7 +122,7 @@ def lines(
   *,
   knowledge: str | None = None,
   attacks: Iterable[str] | None = None,
-  where: tuple | None = None,
+  where: tuple | Callable[[Line], bool] | None = None,
 ) -> list[Line]:
   """Reconstructions of one data set under one defence.
 
@@ -131,16 +131,17 @@ def lines(
     dataset, defense: names.
     knowledge: None for any.
     attacks: families of attacks (`dlg`), None for any.
-    where: a `setting`; the base setting where None.
+    where: a `setting`, or which lines are of it; the base setting where None.
   """
   where = where or base_setting(results, dataset)
+  of = where if callable(where) else lambda line: setting(line) == where
   kept = None if attacks is None else set(attacks)
   return [
     line
     for line in results.attacks
     if line["dataset"] == dataset
     and line["defense"] == defense
-    and setting(line) == where
+    and of(line)
     and knowledge in (None, line["knowledge"])
     and (kept is None or style.family(line["attack"]) in kept)
   ]

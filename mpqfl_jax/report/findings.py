@@ -153,8 +153,7 @@ def attack_lines(
 
 
 def _name(cell: records.Cell) -> str:
-  where = "" if cell.round is None else f", round {cell.round}"
-  return f"{cell.attack} ({cell.knowledge}{where})"
+  return f"{cell.attack} ({cell.regime})"
 
 
 def interval(rate: metrics.Rate) -> str:

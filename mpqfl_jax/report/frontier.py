@@ -281,13 +281,9 @@ def gains(results: Results) -> Iterator[Gain]:
     for words, keep in settings(results, a.dataset):
       own, other = (
         evidence.strongest(
-          [
-            line
-            for line in results.attacks
-            if (line["dataset"], line["defense"], line["knowledge"])
-            == (a.dataset, name, "adaptive")
-            and keep(line)
-          ]
+          evidence.lines(
+            results, a.dataset, name, knowledge="adaptive", where=keep
+          )
         )
         for name in (a.defense, a.uniform)
       )

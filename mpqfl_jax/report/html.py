@@ -102,7 +102,7 @@ def _lines(run: records.Run, table: list[tables.Row]) -> Iterator[_Line]:
     counted = interval = ""
     attack, knowledge = row.attack, ""
     if top is not None:
-      attack, knowledge = top.attack, _knowledge(top)
+      attack, knowledge = top.attack, top.regime
       rate = findings.attack_rate(run, row.defense, top)
       counted = f"{rate.successes} of {rate.trials}"
       interval = findings.interval(rate)
@@ -136,7 +136,7 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
         family=style.family(defense),
         parameters=defense[len(style.family(defense)) :],
         attack=cell.attack,
-        knowledge=_knowledge(cell),
+        knowledge=cell.regime,
         images=len(lines),
         success=success,
         interval=interval,
@@ -147,11 +147,6 @@ def _attack_rows(run: records.Run) -> Iterator[_AttackRow]:
         reidentified=_share(lines, "reidentified"),
         seconds=f"{np.median(seconds):.2g}" if seconds else tables.MISSING,
       )
-
-
-def _knowledge(cell: records.Cell) -> str:
-  where = "" if cell.round is None else f", round {cell.round}"
-  return f"{cell.knowledge}{where}"
 
 
 def _settings(run: records.Run) -> Iterator[_Setting]:

@@ -73,6 +73,12 @@ class Cell(NamedTuple):
   reason: str | None = None
   round: int | None = None
 
+  @property
+  def regime(self) -> str:
+    """What the attacker knows, and the round where several were attacked."""
+    where = "" if self.round is None else f", round {self.round}"
+    return f"{self.knowledge}{where}"
+
 
 def read(run_dir: str | pathlib.Path) -> Run:
   """Reads the files of a finished run.

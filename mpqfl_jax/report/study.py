@@ -1,6 +1,6 @@
 """The page of a study: the answer, the claims, the frontier, the images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -170,14 +170,12 @@ def settings_markdown(study: Study) -> str:
     for name in evidence.defenses(results):
       cells = []
       for _, keep in where:
-        mine = [
-          line
-          for line in results.attacks
-          if (line["dataset"], line["defense"]) == (dataset, name)
-          and keep(line)
-        ]
         tops = (
-          evidence.strongest([a for a in mine if a["knowledge"] == knowledge])
+          evidence.strongest(
+            evidence.lines(
+              results, dataset, name, knowledge=knowledge, where=keep
+            )
+          )
           for knowledge in ("blind", "adaptive")
         )
         cells.append(" / ".join(map(_median, tops)))
@@ -191,7 +189,7 @@ def costs_markdown(study: Study) -> str:
   Empty for a study without costs.
   """
   lines: list[str] = []
-  for paid in _costs(study):
+  for paid in _costs(study, _tables(study)):
     names = costs.HEADINGS
     lines += [
       *([""] if lines else []),
@@ -243,6 +241,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   folder.mkdir(exist_ok=True)
   judged = claims.judge(study.results, [frontier.mixing_helps])
   headline, *more = _answer(study, judged)
+  rows = list(_tables(study))
   return page.write(
     study.folder,
     "study.html",
@@ -253,8 +252,8 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     badges=_BADGES,
     figure_of=figure,
     frontier=frontier.draw(study.results, folder),
-    tables=list(_tables(study)),
-    costs=list(_costs(study)),
+    tables=rows,
+    costs=list(_costs(study, rows)),
     cost_headings=costs.HEADINGS,
     gains=[
       (g, f"{g.own:.1f}", f"{g.other:.1f}", _interval(g.gain, "dB"))
@@ -414,9 +413,9 @@ def _tables(study: Study) -> Iterator[_Table]:
     yield _Table(dataset, rows, references)
 
 
-def _costs(study: Study) -> Iterator[_Costs]:
+def _costs(study: Study, rows: Iterable[_Table]) -> Iterator[_Costs]:
   """The costs of each data set that has any, beside the other columns."""
-  for table in _tables(study):
+  for table in rows:
     found = {row.defense: row for row in table.rows}
     lines = [
       line

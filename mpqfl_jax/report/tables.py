@@ -73,7 +73,7 @@ def rows(summary: dict[str, Any]) -> list[Row]:
         uplink=MISSING if uplink is None else f"{uplink:,.0f}",
         ratio=ratio(uplink, float32),
         epsilon=epsilon(entry),
-        attack=attack_name(shown.attack, shown.knowledge, shown.round)
+        attack=attack_name(shown.attack, shown.regime)
         if cell
         else records.reason(entry) or MISSING,
         psnr=fixed(shown.psnr_db_median, 1),
@@ -162,10 +162,9 @@ def epsilon(entry: dict[str, Any]) -> str:
   return ", ".join(words)
 
 
-def attack_name(attack: str, knowledge: str, round: int | None = None) -> str:
-  """`dlg, blind`, and the round where several were attacked."""
-  where = "" if round is None else f", round {round}"
-  return f"{attack}, {knowledge}{where}"
+def attack_name(attack: str, regime: str) -> str:
+  """`dlg, blind`."""
+  return f"{attack}, {regime}"
 
 
 def _difference(
