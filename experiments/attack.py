@@ -132,7 +132,7 @@ def updates(
       lengths.append(len(message))
     else:
       seen = encrypted.seen_alone(
-        defense.encryption, jax.device_get(out.update)
+        defense.encryption, jax.device_get(out.update), key, client
       )
       message = observations.message(defense, seen)
       lengths.append(len(seen.message))

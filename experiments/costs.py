@@ -167,7 +167,9 @@ def _encrypted(
   cohort = Cohort(ids, jnp.zeros_like(ids), jnp.ones_like(ids))
   ready = np.ones(clients, bool)
   rounds = [
-    protocol.combine(updates, ready, ready, cohort, (), downlink_bytes).costs
+    protocol.combine(
+      updates, ready, ready, cohort, (), downlink_bytes, jax.random.key(0)
+    ).costs
     for _ in range(_REPEATS)
   ]
 

@@ -126,15 +126,18 @@ def _he(
   keys: str = "shared",
   degree: int = 4096,
   modulus_bits: int | None = None,
-  bound: float = 4.0,
+  bound: float | None = None,
+  bits: int | None = None,
   min_clients: int = 3,
   attacker_holds_key: bool = False,
 ) -> Defense:
   del protocol  # encryption has no (epsilon, delta)
+  chosen = encrypted.options(
+    keys, degree, modulus_bits, bound, bits, min_clients, attacker_holds_key
+  )
+  # Rounding is noise to whoever holds the key, as it takes place at the client.
   return _as_it_is(params)._replace(
-    encryption=encrypted.options(
-      keys, degree, modulus_bits, bound, min_clients, attacker_holds_key
-    )
+    encryption=chosen, noise_stddev=chosen.rounding_stddev
   )
 
 
@@ -378,7 +381,7 @@ TRANSFORMING: dict[str, tuple[Callable[..., Defense], str]] = {
   ),
   "he": (
     _he,
-    "sums of ciphertexts: CKKS, Cheon et al. 2017",
+    "sums of ciphertexts: CKKS, or BFV of whole numbers of a few bits",
   ),
   "dp_pbm": (_dp_pbm, "Poisson-binomial mechanism, Chen et al. 2022"),
   "dp_policy": (

@@ -35,8 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mpqfl_jax import errors, he, threshold
-from mpqfl_jax.types import Cohort, Params, Update
+from mpqfl_jax import bfv, ckks, errors, he, threshold
+from mpqfl_jax.types import Array, Cohort, Params, Update
 
 KEYS = ("shared", "per_client", "threshold")
 # What authenticated encryption adds to a message: a nonce of 24 bytes and a tag
@@ -44,6 +44,7 @@ KEYS = ("shared", "per_client", "threshold")
 # of 32 and a tag under the receiver's public key (X25519).
 _SEAL_BYTES = {"shared": 24 + 16, "per_client": 32 + 16, "threshold": 32 + 16}
 MODULUS_BITS = 54  # the largest at degree 4096
+BOUND = 4.0  # of entries that are sent as they are
 UNREADABLE = "the server sees ciphertext"
 
 
@@ -52,8 +53,10 @@ class Options(NamedTuple):
 
   Attributes:
     keys: `shared`, `per_client` or `threshold`.
-    degree, modulus_bits, bound: as for `he.parameters`; `threshold` has its own
-      modulus.
+    degree, modulus_bits, bound: as for `ckks.parameters`; `threshold` has its
+      own modulus.
+    bits: of an entry, as for `bfv.parameters`; None where entries are sent as
+      they are.
     min_clients: a sum of fewer is not opened: with two clients in it, the key
       holder could subtract its own update and read the other's.
     attacker_holds_key: the server has got hold of the shared key.
@@ -63,15 +66,28 @@ class Options(NamedTuple):
   degree: int
   modulus_bits: int
   bound: float
+  bits: int | None
   min_clients: int
   attacker_holds_key: bool
+
+  @property
+  def rounding_stddev(self) -> float:
+    """Of an entry of an update of weight 1, about; 0 where none is rounded.
+
+    Rounding up or down at random, by the fraction f between two levels, has a
+    variance of f * (1 - f), in the mean over f a sixth.
+    """
+    if self.bits is None:
+      return 0.0
+    return self.bound / (2 ** (self.bits - 1) - 1) / math.sqrt(6)
 
 
 def options(
   keys: str,
   degree: int,
   modulus_bits: int | None,
-  bound: float,
+  bound: float | None,
+  bits: int | None,
   min_clients: int,
   attacker_holds_key: bool,
 ) -> Options:
@@ -102,8 +118,24 @@ def options(
       f"modulus_bits={modulus_bits}. Expected none with keys=threshold, whose"
       f" modulus has {threshold.MODULUS_BITS} bits."
     )
+  if bits is not None and keys == "threshold":
+    raise errors.UserError(
+      f"bits={bits} goes with keys=shared and keys=per_client. Expected no bits"
+      " with keys=threshold, which has no scheme of whole numbers."
+    )
+  if bits is not None and bound is None:
+    raise errors.UserError(
+      f"bits={bits} without a bound. Expected one, as bound=0.05: entries of an"
+      " update are cut off there, and its levels lie between -bound and bound."
+    )
   made = Options(
-    keys, degree, modulus_bits or MODULUS_BITS, bound, min_clients, holds
+    keys,
+    degree,
+    modulus_bits or MODULUS_BITS,
+    BOUND if bound is None else bound,
+    bits,
+    min_clients,
+    holds,
   )
   _parameters(made, min_clients)
   (threshold if keys == "threshold" else he).library()
@@ -142,11 +174,14 @@ def check(
 
 
 def _parameters(chosen: Options, clients: int) -> he.Parameters:
+  bound, degree = chosen.bound, chosen.degree
   if chosen.keys == "threshold":
-    return threshold.parameters(clients, chosen.bound, chosen.degree)
-  return he.parameters(
-    clients, chosen.bound, chosen.degree, chosen.modulus_bits
-  )
+    return threshold.parameters(clients, bound, degree)
+  if chosen.bits is not None:
+    return bfv.parameters(
+      clients, chosen.bits, bound, degree, chosen.modulus_bits
+    )
+  return ckks.parameters(clients, bound, degree, chosen.modulus_bits)
 
 
 class SetUp(NamedTuple):
@@ -178,8 +213,9 @@ class Costs(NamedTuple):
     message_bytes: one client's message, the mean.
     key_holder_bytes: the encrypted sum and the shares, to the key holder, and
       the new model, from it.
-    relative_error: L2 norm of what encryption changed in the mean, over that of
-      the mean; None where no sum was opened.
+    relative_error: L2 norm of what encryption changed in the mean, with what
+      rounding did, over that of the mean; None where no sum was opened.
+    clipped_share: of the entries of all updates, those beyond the bound.
   """
 
   key_holder: int
@@ -194,6 +230,7 @@ class Costs(NamedTuple):
   message_bytes: float
   key_holder_bytes: int
   relative_error: float | None
+  clipped_share: float
 
 
 class Seen(NamedTuple):
@@ -233,8 +270,8 @@ class Protocol(NamedTuple):
     set_up: its costs.
     seal_bytes: what authenticated encryption adds to the model's message.
     combine: (updates[clients, ...], ready[clients] bool, arrived[clients] bool,
-      cohort, watched ids, length of the model's message) -> Outcome; `ready`
-      are the clients with a finite update that arrived.
+      cohort, watched ids, length of the model's message, the round's key) ->
+      Outcome; `ready` are the clients with a finite update that arrived.
   """
 
   set_up: SetUp
@@ -250,7 +287,7 @@ class _Keys(NamedTuple):
   """
 
   made: SetUp
-  encrypt: Callable[[np.ndarray, float], bytes]
+  encrypt: Callable[[np.ndarray, float, np.random.Generator], bytes]
   add: Callable[[Sequence[bytes]], bytes]
   open: Callable[[bytes, int], tuple[he.Sum, int, float]]
 
@@ -258,7 +295,7 @@ class _Keys(NamedTuple):
 def _with_pair(pair: he.SecretKey, made: SetUp) -> _Keys:
   return _Keys(
     made,
-    lambda update, weight: he.encrypt(pair.public, update, weight),
+    lambda update, weight, rng: he.encrypt(pair.public, update, weight, rng),
     lambda messages: he.add(pair.public, messages),
     lambda message, count: (he.decrypt(pair, message, count), 0, 0.0),
   )
@@ -280,7 +317,7 @@ def _with_group(params: he.Parameters, members: Sequence[int]) -> _Keys:
 
   return _Keys(
     made,
-    lambda update, weight: threshold.encrypt(group, update, weight),
+    lambda update, weight, rng: threshold.encrypt(group, update, weight),
     lambda messages: threshold.add(group, messages),
     open_sum,
   )
@@ -342,11 +379,15 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
     cohort: Cohort,
     watched: Sequence[int],
     model_bytes: int,
+    key: Array,
   ) -> Outcome:
     ids, sizes = np.asarray(cohort.client_id), np.asarray(cohort.size)
     flat = _flatten(updates)
-    # An update that cannot be encoded is not sent, as one that is not finite.
-    taking = ready & (np.max(np.abs(flat), axis=1, initial=0) <= params.bound)
+    beyond = np.abs(flat) > params.bound
+    taking = ready
+    if chosen.bits is None:
+      # An update that cannot be encoded is not sent, as one that is not finite.
+      taking = ready & ~beyond.any(axis=1)
     weights = sizes / max(int(sizes.max()), 1)
     present = ids[arrived].tolist()
     sent = np.zeros(len(ids), np.int64)
@@ -361,7 +402,8 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
       )
       start = time.perf_counter()
       for i in np.flatnonzero(taking).tolist():
-        messages[i] = keys.encrypt(flat[i], float(weights[i]))
+        rng = _rounding(key, int(ids[i]))
+        messages[i] = keys.encrypt(flat[i], float(weights[i]), rng)
         sent[i] += len(messages[i])
       spent += time.perf_counter() - start
     costs = Costs(
@@ -377,6 +419,7 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
       message_bytes=float(np.mean([len(m) for m in messages.values()] or [0])),
       key_holder_bytes=0,
       relative_error=None,
+      clipped_share=float(beyond[taking].mean()) if taking.any() else 0.0,
     )
     seen = {
       int(ids[i]): Seen(
@@ -452,12 +495,22 @@ def keys_for(chosen: Options, clients: int) -> SetUp:
   return SetUp(1, each, _handed_out(pairs[0], clients))
 
 
-def seen_alone(chosen: Options, update: Update) -> Seen:
+def _rounding(key: Array, client: int) -> np.random.Generator:
+  """What a client rounds with: of a round's key and its own id."""
+  words = np.asarray(jax.random.key_data(key)).ravel().tolist()
+  return np.random.Generator(np.random.Philox([*words, client, 0x4845]))
+
+
+def seen_alone(
+  chosen: Options, update: Update, key: Array, client: int
+) -> Seen:
   """What the server has of one client's update, outside of any round.
 
   Args:
     chosen: the defence's parameters.
-    update: finite, no entry beyond the bound.
+    update: finite; no entry beyond the bound, where none is rounded.
+    key: the round's.
+    client: its id.
 
   Raises:
     UserError: an entry beyond the bound.
@@ -469,7 +522,7 @@ def seen_alone(chosen: Options, update: Update) -> Seen:
     group = threshold.generate(params, range(chosen.min_clients))
     return Seen(threshold.encrypt(group, flat, 1.0), None)
   pair = he.key_pair(params)
-  message = he.encrypt(pair.public, flat, 1.0)
+  message = he.encrypt(pair.public, flat, 1.0, _rounding(key, client))
   if not chosen.attacker_holds_key:
     return Seen(message, None)
   return Seen(message, _unflatten(he.decrypt(pair, message, 1).mean, batch))
@@ -521,5 +574,6 @@ def figures(set_up: SetUp, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "decrypt_seconds": mean("decrypt_seconds"),
     "key_holder_bytes": mean("key_holder_bytes"),
     "relative_error_max": max(errors_, default=None),
+    "clipped_share": mean("clipped_share"),
     "rounds_not_opened": sum(r["key_holder"] < 0 for r in rounds),
   }

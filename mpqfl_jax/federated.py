@@ -405,6 +405,7 @@ def _encrypted_round(
       jax.device_get(cohort),
       np.asarray(watched),
       int(size),
+      key,
     )
     report = report._replace(
       accepted=outcome.accepted, uplink_bytes=outcome.uplink_bytes

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpqfl_jax import errors, he
+from mpqfl_jax import ckks, errors, he
 
 MODULUS_BITS = 60  # one prime, the largest there is
 SHARE_NOISE_STDDEV = 2.0**20  # OpenFHE, NoiseFlooding::MP_SD
@@ -38,7 +38,7 @@ SHARE_NOISE_STDDEV = 2.0**20  # OpenFHE, NoiseFlooding::MP_SD
 
 def parameters(
   clients: int, bound: float = 4.0, degree: int = 4096
-) -> he.Parameters:
+) -> ckks.Parameters:
   """Parameters of 128-bit security for keys of so many clients.
 
   Args:
@@ -63,20 +63,20 @@ def parameters(
     )
   # Half of the modulus is for the sign, and a factor of two stays free.
   scale_bits = MODULUS_BITS - 2 - math.ceil(math.log2(clients))
-  made = he.Parameters(
-    degree, MODULUS_BITS, 0, scale_bits, float(bound), clients
+  made = ckks.Parameters(
+    he.Modulus(degree, MODULUS_BITS, 0), scale_bits, float(bound), clients
   )
   precision = math.log2(bound / noise_stddev(made, clients))
-  if precision < he.MIN_PRECISION_BITS:
+  if precision < ckks.MIN_PRECISION_BITS:
     raise errors.UserError(
       f"a modulus of {MODULUS_BITS} bits is too small for {clients} shares: the"
       f" sum would stand {precision:.0f} bits above their noise, which needs"
-      f" {he.MIN_PRECISION_BITS}. Expected fewer clients or a smaller degree."
+      f" {ckks.MIN_PRECISION_BITS}. Expected fewer clients or a smaller degree."
     )
   return made
 
 
-def noise_stddev(params: he.Parameters, clients: int) -> float:
+def noise_stddev(params: ckks.Parameters, clients: int) -> float:
   """Standard deviation of an entry of a sum's noise, in updates.
 
   Each share moves every coefficient by its own noise; decoding sums `degree`
@@ -85,7 +85,7 @@ def noise_stddev(params: he.Parameters, clients: int) -> float:
   ciphertexts themselves is small beside it.
   """
   coefficient = SHARE_NOISE_STDDEV * math.sqrt(clients)
-  slot = coefficient * math.sqrt(params.degree)
+  slot = coefficient * math.sqrt(params.modulus.degree)
   return params.bound * slot / 2**params.scale_bits
 
 
@@ -102,7 +102,7 @@ class Group(NamedTuple):
     secrets: client -> its own secret, which it never sends.
   """
 
-  parameters: he.Parameters
+  parameters: ckks.Parameters
   members: tuple[int, ...]
   fingerprint: bytes
   public_bytes: int
@@ -134,7 +134,7 @@ def library() -> Any:
 
 
 def generate(
-  params: he.Parameters,
+  params: ckks.Parameters,
   clients: Sequence[int],
   absent: Collection[int] = (),
 ) -> Group:
@@ -158,12 +158,12 @@ def generate(
   lib = library()
   settings = lib.CCParamsCKKSRNS()
   settings.SetMultiplicativeDepth(0)
-  settings.SetFirstModSize(params.modulus_bits)
+  settings.SetFirstModSize(params.modulus.bits)
   settings.SetScalingModSize(params.scale_bits)
   settings.SetScalingTechnique(lib.ScalingTechnique.FIXEDMANUAL)
   settings.SetKeySwitchTechnique(lib.KeySwitchTechnique.BV)
   settings.SetSecurityLevel(lib.SecurityLevel.HEStd_128_classic)
-  settings.SetRingDim(params.degree)
+  settings.SetRingDim(params.modulus.degree)
   context = lib.GenCryptoContext(settings)
   features = lib.PKESchemeFeature
   for feature in (
@@ -203,8 +203,9 @@ def encrypt(group: Group, update: np.ndarray, weight: float) -> bytes:
   """
   lib, context = library(), group.context
   chunks = []
-  for values in he.plaintexts(group.parameters, update, weight):
-    plain = context.MakeCKKSPackedPlaintext(values.tolist())
+  whole = group.parameters.plaintext(update, weight, None)
+  for numbers in he.cut(group.parameters, whole):
+    plain = context.MakeCKKSPackedPlaintext(numbers.tolist())
     ciphertext = context.Encrypt(group.public, plain)
     chunks.append(lib.Serialize(ciphertext, lib.BINARY))
   return he.frame(group.fingerprint, len(update), 1, chunks)
@@ -296,7 +297,8 @@ def open_shares(
     values.append(np.asarray(plain.GetRealPackedValue()))
   slots = group.parameters.slots
   whole = np.concatenate([np.resize(v, slots) for v in values])
-  return he.open_values(group.parameters, whole[: num_values + 2], count)
+  whole = whole[: group.parameters.slots_for(num_values)]
+  return group.parameters.open(whole, num_values, count)
 
 
 def _write(

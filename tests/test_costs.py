@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import attack, config, costs, main, setting
-from mpqfl_jax import defenses, encrypted, errors, he, trees
+from mpqfl_jax import ckks, defenses, encrypted, errors, he, trees
 from mpqfl_jax.report import costs as table
 
 SPECS = (
@@ -89,7 +89,7 @@ def test_the_client_is_one_of_median_size(measured):
 
 def test_keys_of_their_own_grow_with_the_clients_and_shared_ones_do_not():
   chosen = {
-    keys: encrypted.options(keys, 4096, None, 4.0, 3, False)
+    keys: encrypted.options(keys, 4096, None, 4.0, None, 3, False)
     for keys in ("shared", "per_client")
   }
   few, many = (encrypted.keys_for(chosen["per_client"], n) for n in (5, 50))
@@ -107,8 +107,8 @@ def test_keys_of_their_own_grow_with_the_clients_and_shared_ones_do_not():
 
 
 def test_a_pair_takes_what_is_said_of_many():
-  chosen = encrypted.options("per_client", 4096, None, 4.0, 3, False)
-  params = he.parameters(20, 4.0, 4096, encrypted.MODULUS_BITS)
+  chosen = encrypted.options("per_client", 4096, None, 4.0, None, 3, False)
+  params = ckks.parameters(20, 4.0, 4096, encrypted.MODULUS_BITS)
   pairs = [he.key_pair(params) for _ in range(20)]
   size = sum(len(pair.public.serialized) for pair in pairs)
   counted = encrypted.keys_for(chosen, 20).key_bytes

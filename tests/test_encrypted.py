@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from experiments import main
-from mpqfl_jax import defenses, encrypted, errors, he, local
+from mpqfl_jax import ckks, defenses, encrypted, errors, he, local
 from mpqfl_jax.types import Cohort
 from tests import small, test_threshold
 
@@ -121,9 +121,15 @@ class Round:
     self.cohort = Cohort(ids, np.zeros_like(ids), self.sizes)
     self.protocol = encrypted.protocol(options, clients, 20)
 
-  def __call__(self):
+  def __call__(self, seed=0):
     return self.protocol.combine(
-      self.updates, self.ready, self.arrived, self.cohort, [10, 12], 1000
+      self.updates,
+      self.ready,
+      self.arrived,
+      self.cohort,
+      [10, 12],
+      1000,
+      jax.random.key(seed),
     )
 
   def mean(self, taking):
@@ -173,6 +179,70 @@ def test_a_client_that_cannot_encode_its_update_is_left_out():
   np.testing.assert_allclose(turn().update["w"], turn.mean(rest), rtol=1e-5)
 
 
+@pytest.mark.parametrize("keys", ["shared", "per_client"])
+def test_whole_numbers_add_up_and_repeat(keys):
+  bound, bits = 0.15, 8
+  options = chosen(keys=keys, bits=bits, bound=bound)
+  turn = Round(options)
+  outcome = turn()
+  assert outcome.accepted.all() and outcome.costs.attempts == 1
+  u, w = turn.updates["w"].astype(np.float64), turn.sizes / turn.sizes.max()
+  assert outcome.costs.clipped_share == np.mean(np.abs(u) > bound) > 0
+  # What each sent is a whole number of levels next to its weighted entry.
+  levels = 2 ** (bits - 1) - 1
+  entries = w[:, None] * np.clip(u, -bound, bound) / bound * levels
+  low, high = np.floor(entries).sum(axis=0), np.ceil(entries).sum(axis=0)
+  found = outcome.update["w"] * w.sum() / bound * levels
+  np.testing.assert_allclose(found, np.rint(found), atol=1e-3)
+  assert (low - 1e-3 <= found).all() and (found <= high + 1e-3).all()
+  exact = turn.mean(outcome.accepted)
+  error = np.linalg.norm(outcome.update["w"] - exact) / np.linalg.norm(exact)
+  assert outcome.costs.relative_error == pytest.approx(error, rel=1e-4)
+  # Ciphertexts never repeat; what they hold does, by the round's key.
+  again, other = Round(options)(), Round(options)(seed=1)
+  np.testing.assert_array_equal(again.update["w"], outcome.update["w"])
+  assert (other.update["w"] != outcome.update["w"]).any()
+  # One ciphertext of 4096 slots either way: 7 values leave most of it empty.
+  np.testing.assert_allclose(outcome.uplink_bytes, 8192 * 54 / 8, rtol=0.15)
+
+
+def test_rounding_keeps_the_mean_in_the_mean():
+  turn = Round(chosen(bits=3, bound=0.6))
+  found = np.mean([turn(seed=i).update["w"] for i in range(100)], axis=0)
+  w = turn.sizes / turn.sizes.max()
+  # A level's width a client at most, a quarter in variance.
+  spread = 0.6 / 3 / 2 * np.sqrt(len(w) / 100) / w.sum()
+  np.testing.assert_allclose(found, turn.mean(w > 0), atol=4.5 * spread)
+
+
+def test_who_holds_the_key_reads_rounded_entries():
+  params = small.model().init(jax.random.key(0))
+  defense = defenses.make(
+    "he(bits=6,bound=0.5,attacker_holds_key=true)", params
+  )
+  options = defense.encryption
+  assert options is not None and defense.unreadable is None
+  rng = np.random.default_rng(3)
+  update = jax.tree.map(
+    lambda p: rng.uniform(-0.4, 0.4, p.shape).astype(np.float32), params
+  )
+  errors_ = []
+  for client in range(20):
+    seen = encrypted.seen_alone(options, update, jax.random.key(5), client)
+    assert seen.update is not None
+    pairs = zip(*map(jax.tree.leaves, (update, seen.update)), strict=True)
+    errors_ += [(b - a).ravel() for a, b in pairs]
+  error = np.concatenate(errors_)
+  assert np.abs(error).max() < 0.5 / 31 + 1e-6
+  # What an adaptive attacker is told of it.
+  assert defense.noise_stddev == pytest.approx(np.std(error), rel=0.1)
+  payload, _ = defense.codec.encode(
+    jax.random.key(0), update, defense.codec.init(update)
+  )
+  known = jax.tree.leaves(defenses.bins(defense, payload).variance)
+  assert known[0].ravel()[0] == pytest.approx(np.var(error), rel=0.2)
+
+
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("present", [0, 1, 2])
 def test_a_sum_of_too_few_is_not_opened(keys, present):
@@ -187,7 +257,7 @@ def test_a_sum_of_too_few_is_not_opened(keys, present):
 def test_costs_of_keys():
   shared = Round(chosen()).protocol.set_up
   assert shared.key_pairs == 1
-  pair = he.key_pair(he.parameters(5))
+  pair = he.key_pair(ckks.parameters(5))
   each = len(pair.serialized) + len(pair.public.serialized) + 48
   assert shared.key_bytes == pytest.approx(19 * each, rel=0.01)
   turn = Round(chosen(keys="per_client"))
@@ -210,6 +280,10 @@ def test_costs_of_keys():
     ("he(keys=per_client,attacker_holds_key=true)", "keys=shared"),
     ("he(modulus_bits=60)", "128 bits"),
     ("he(modulus_bits=30)", "too small"),
+    ("he(bits=8)", "without a bound"),
+    ("he(bits=1,bound=0.1)", "from 2 to 16"),
+    ("he(bits=8,bound=0.1,modulus_bits=28)", "too small"),
+    ("he(bits=8,bound=0.1,keys=threshold)", "no scheme"),
     ("he(clip=1)", "unknown parameter"),
     ("he(keys=threshold,modulus_bits=54)", "Expected none"),
     ("he(keys=threshold,degree=2048)", "128 bits"),

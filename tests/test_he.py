@@ -9,14 +9,26 @@ import numpy as np
 import pytest
 from tenseal import sealapi
 
-from mpqfl_jax import errors, he
+from mpqfl_jax import bfv, ckks, errors, he
 
 CLIENTS, VALUES = 5, 3000
 
 
+# Entries beyond the bound of the second one are cut off.
+SCHEMES = {
+  "ckks": ckks.parameters(CLIENTS),
+  "bfv": bfv.parameters(CLIENTS, 16, 0.05),
+}
+both = pytest.mark.parametrize("scheme", SCHEMES)
+
+
 @functools.cache
-def pair(index: int = 0) -> he.SecretKey:
-  return he.key_pair(he.parameters(CLIENTS))
+def _pair(index: int, scheme: str) -> he.SecretKey:
+  return he.key_pair(SCHEMES[scheme])
+
+
+def pair(index: int = 0, scheme: str = "ckks") -> he.SecretKey:
+  return _pair(index, scheme)
 
 
 def updates(values: int = VALUES) -> tuple[np.ndarray, np.ndarray]:
@@ -25,10 +37,9 @@ def updates(values: int = VALUES) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def messages() -> list[bytes]:
-  return [
-    he.encrypt(pair().public, u, w) for u, w in zip(*updates(), strict=True)
-  ]
+def messages(scheme: str = "ckks") -> list[bytes]:
+  public = pair(0, scheme).public
+  return [he.encrypt(public, u, w) for u, w in zip(*updates(), strict=True)]
 
 
 def reseal(body: bytes) -> bytes:
@@ -44,11 +55,12 @@ def test_security_bounds_are_those_of_the_standard(degree):
   assert he.MAX_MODULUS_BITS[degree] == standard
 
 
-def test_a_key_has_the_modulus_that_was_checked():
-  public = pair().public
+@both
+def test_a_key_has_the_modulus_that_was_checked(scheme):
+  public = pair(0, scheme).public
   primes = public.context.seal_context().data.key_context_data()
-  params = public.parameters
-  total = params.modulus_bits + params.special_bits
+  modulus = public.parameters.modulus
+  total = modulus.bits + modulus.special_bits
   assert primes.total_coeff_modulus_bit_count() == total <= 109
 
 
@@ -71,7 +83,7 @@ def test_sum_is_the_weighted_mean():
   ],
 )
 def test_noise_is_what_the_formula_says(clients, degree, modulus_bits):
-  params = he.parameters(clients, degree=degree, modulus_bits=modulus_bits)
+  params = ckks.parameters(clients, degree=degree, modulus_bits=modulus_bits)
   key = he.key_pair(params)
   zeros = np.zeros(3 * params.slots)
   message = he.encrypt(key.public, zeros, 1.0)
@@ -82,7 +94,7 @@ def test_noise_is_what_the_formula_says(clients, degree, modulus_bits):
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
 def test_largest_sum_keeps_its_accuracy(scale):
-  params = he.parameters(200)
+  params = ckks.parameters(200)
   key = he.key_pair(params)
   u = np.full(10, params.bound * scale) * np.tile([1, -1], 5)
   total = he.add(key.public, [he.encrypt(key.public, u, 1.0)] * 200)
@@ -99,19 +111,21 @@ def test_a_vector_longer_than_the_slots_is_cut(values):
   exact = np.average(u[:2], axis=0, weights=w[:2])
   np.testing.assert_allclose(total.mean, exact, rtol=0, atol=1e-8)
   pieces = math.ceil((values + 2) / 2048)
-  assert key.public.parameters.ciphertexts(values) == pieces
+  assert he.pieces(key.public.parameters, values) == pieces
   # Each ciphertext is two polynomials of 4096 coefficients of 54 bits; the
   # library's packing is within 15% of that.
   assert len(sent[0]) == pytest.approx(pieces * 2 * 4096 * 54 / 8, rel=0.15)
 
 
-def test_the_server_has_no_secret_and_no_two_ciphertexts_are_alike():
-  public = he.public_key(pair().public.serialized, pair().public.parameters)
+@both
+def test_the_server_has_no_secret_and_no_two_ciphertexts_are_alike(scheme):
+  key = pair(0, scheme)
+  public = he.public_key(key.public.serialized, key.public.parameters)
   assert not public.context.has_secret_key()
-  assert public.fingerprint == pair().public.fingerprint
+  assert public.fingerprint == key.public.fingerprint
   u, w = updates()
   again = he.encrypt(public, u[0], w[0])
-  assert again != messages()[0]
+  assert again != messages(scheme)[0]
   # Ciphertexts are uniform: nothing is left to compress.
   assert len(zlib.compress(again)) > 0.95 * len(again)
 
@@ -130,16 +144,16 @@ def test_the_server_has_no_secret_and_no_two_ciphertexts_are_alike():
 )
 def test_parameters_that_are_not_sound_are_refused(options, words):
   with pytest.raises(errors.UserError, match=words):
-    he.parameters(**options)
+    ckks.parameters(**options)
 
 
 def test_the_least_modulus_that_is_named_is_accepted():
   with pytest.raises(errors.UserError) as refused:
-    he.parameters(200, modulus_bits=36)
+    ckks.parameters(200, modulus_bits=36)
   least = int(str(refused.value).rstrip(".").split()[-1])
-  he.parameters(200, modulus_bits=least)
+  ckks.parameters(200, modulus_bits=least)
   with pytest.raises(errors.UserError, match="too small"):
-    he.parameters(200, modulus_bits=least - 1)
+    ckks.parameters(200, modulus_bits=least - 1)
 
 
 @pytest.mark.parametrize(
@@ -157,30 +171,34 @@ def test_what_cannot_be_encoded_is_refused(update, weight):
     he.encrypt(pair().public, np.array(update), weight)
 
 
-def test_another_key_is_refused():
-  key, other = pair(), pair(1)
-  total = he.add(key.public, messages())
+@both
+def test_another_key_is_refused(scheme):
+  key, other = pair(0, scheme), pair(1, scheme)
+  total = he.add(key.public, messages(scheme))
   with pytest.raises(he.CiphertextError, match="encrypted under the key"):
     he.decrypt(other, total, CLIENTS)
   with pytest.raises(he.CiphertextError, match="encrypted under the key"):
-    he.add(other.public, messages())
+    he.add(other.public, messages(scheme))
   # Even with the key's name on it.
   forged = total[:4] + other.public.fingerprint + total[12:-4]
   with pytest.raises(he.CiphertextError, match="holds"):
     he.decrypt(other, reseal(forged), CLIENTS)
 
 
+@both
 @pytest.mark.parametrize("count", [1, CLIENTS - 1, CLIENTS + 1])
-def test_a_sum_of_the_wrong_clients_is_refused(count):
-  key = pair()
-  total = he.add(key.public, messages())
+def test_a_sum_of_the_wrong_clients_is_refused(count, scheme):
+  key = pair(0, scheme)
+  total = he.add(key.public, messages(scheme))
   with pytest.raises(he.CiphertextError, match="clients, expected"):
     he.decrypt(key, total, count)
 
 
-def test_more_clients_than_fit_are_refused():
+@both
+def test_more_clients_than_fit_are_refused(scheme):
+  sent = messages(scheme)
   with pytest.raises(he.CiphertextError, match="the parameters are for"):
-    he.add(pair().public, [*messages(), messages()[0]])
+    he.add(pair(0, scheme).public, [*sent, sent[0]])
   with pytest.raises(he.CiphertextError, match="no message"):
     he.add(pair().public, [])
 
@@ -191,9 +209,10 @@ def test_vectors_of_two_lengths_are_refused():
     he.add(pair().public, [messages()[0], short])
 
 
+@both
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_truncated_message_is_refused(sealed):
-  key, whole = pair(), messages()[0]
+def test_a_truncated_message_is_refused(sealed, scheme):
+  key, whole = pair(0, scheme), messages(scheme)[0]
   rng = np.random.default_rng(1)
   for length in [0, 3, 27, 28, 32, *rng.integers(0, len(whole), 40)]:
     cut = whole[:length]
@@ -201,8 +220,9 @@ def test_a_truncated_message_is_refused(sealed):
       he.decrypt(key, reseal(cut) if sealed else cut, 1)
 
 
-def test_damage_never_makes_a_wrong_sum():
-  key, whole = pair(), messages()[0][:-4]
+@both
+def test_damage_never_makes_a_wrong_sum(scheme):
+  key, whole = pair(0, scheme), messages(scheme)[0][:-4]
   right = he.decrypt(key, reseal(whole), 1).mean
   rng = np.random.default_rng(2)
   refused = 0
