@@ -301,9 +301,16 @@ def _with_pair(pair: he.SecretKey, made: SetUp) -> _Keys:
   )
 
 
-def _with_group(params: he.Parameters, members: Sequence[int]) -> _Keys:
+def _group(
+  chosen: Options, clients: int, members: Sequence[int]
+) -> threshold.Group:
+  params = threshold.parameters(clients, chosen.bound, chosen.degree)
+  return threshold.generate(params, members)
+
+
+def _with_group(chosen: Options, clients: int, members: Sequence[int]) -> _Keys:
   start = time.perf_counter()
-  group = threshold.generate(params, members)
+  group = _group(chosen, clients, members)
   made = SetUp(len(members), time.perf_counter() - start, group.wire_bytes)
 
   def open_sum(message, count):
@@ -368,9 +375,9 @@ def protocol(chosen: Options, cohort_size: int, num_clients: int) -> Protocol:
       if present and present[0] != ids[0]:
         yield pair_of(present[0])
     else:
-      yield _with_group(params, ids)
+      yield _with_group(chosen, cohort_size, ids)
       if 2 <= len(present) < len(ids):
-        yield _with_group(params, present)
+        yield _with_group(chosen, cohort_size, present)
 
   def combine(
     updates: Update,
@@ -484,7 +491,7 @@ def keys_for(chosen: Options, clients: int) -> SetUp:
   """
   params = _parameters(chosen, clients)
   if chosen.keys == "threshold":
-    return _with_group(params, range(clients)).made
+    return _with_group(chosen, clients, range(clients)).made
   tries = 3
   start = time.perf_counter()
   pairs = [he.key_pair(params) for _ in range(tries)]
@@ -519,7 +526,7 @@ def seen_alone(
   batch = jax.tree.map(lambda leaf: np.asarray(leaf)[None], update)
   flat = _flatten(batch)[0]
   if chosen.keys == "threshold":
-    group = threshold.generate(params, range(chosen.min_clients))
+    group = _group(chosen, chosen.min_clients, range(chosen.min_clients))
     return Seen(threshold.encrypt(group, flat, 1.0), None)
   pair = he.key_pair(params)
   message = he.encrypt(pair.public, flat, 1.0, _rounding(key, client))
