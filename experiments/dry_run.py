@@ -1,11 +1,13 @@
 """`--dry_run`: what a run would do and cost, from two of its rounds.
 
 Nothing stays on the disk. Seconds and memory are measured, not modelled: two
-rounds run for each defence, the second of which is timed.
+rounds run for each defence, the second of which is timed, and a few iterations
+of each attack.
 """
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -14,19 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import folder, setting, summary
+from experiments import adversary, attack, folder, setting, summary, train
 from experiments.config import Config
 from mpqfl_jax import (
   accounting,
+  attacks,
   columns,
   datasets,
   defenses,
   federated,
   precision,
 )
-from mpqfl_jax.types import Update
+from mpqfl_jax.types import Observation, Update
 
 ROUNDS = 2
+# Iterations of an attack that are timed.
+ITERATIONS = 20
+# Tasks with attacks: shapes of their updates, and how many of each defence.
+_ATTACKED: dict[str, tuple[Callable, Callable]] = {
+  "train": (
+    train.attacked_shapes,
+    lambda config, built: len(config.attack_rounds) * config.attack_clients,
+  ),
+  "attack": (
+    attack.attacked_shapes,
+    lambda config, built: built.clients.num_clients,
+  ),
+}
 
 
 def text(
@@ -66,7 +82,14 @@ def text(
     ]
   if config.task == "train":
     lines += ["", *_costs(config, built, measure)]
-  return "\n".join(lines)
+  if config.task in _ATTACKED and config.attack:
+    lines += ["", *_attacks(config, built)]
+  if config.task == "train":
+    lines += [
+      f"Peak memory of the process: {summary.peak_rss_mb():,.0f} MB; on the"
+      f" device: {_device_peak()}."
+    ]
+  return "\n".join([*lines, "Nothing was written."])
 
 
 def _population(built: setting.Setting) -> str:
@@ -187,15 +210,95 @@ def _costs(
         f"{down:,.1f}",
       )
     )
-  peak = summary.peak_rss_mb()
   return [
     f"Costs of training, from {ROUNDS} rounds of each defence"
-    " (attacks and the report come on top):",
+    " (the report comes on top):",
     *columns.aligned(rows),
-    f"Peak memory of the process: {peak:,.0f} MB; on the device:"
-    f" {_device_peak()}.",
-    "Nothing was written.",
   ]
+
+
+def _attacks(config: Config, built: setting.Setting) -> list[str]:
+  """A few iterations of each attack on updates as large as any."""
+  shapes, count = _ATTACKED[config.task]
+  shape = max(shapes(config, built), key=lambda work: work.images * work.epochs)
+  readable = [d for d in built.defenses if not d.unreadable]
+  updates = count(config, built) * len(readable) * len(config.attack_knowledge)
+  rows = [("attack", "compiling, s", "ms an iteration", "iterations", "s, most")]
+  left = []
+  for spec in config.attack:
+    whole, few = (
+      adversary.make(spec, _model(config, built), shape, _auxiliary(built), n)
+      for n in (None, ITERATIONS)
+    )
+    if isinstance(whole, attacks.Direct) or isinstance(few, attacks.Direct):
+      left.append(spec)
+      continue
+    restarts = config.attack_restarts or whole.restarts
+    found = attacks.run(
+      few,
+      _observations(config, built, shape, updates * restarts),
+      setting.key(config, setting.ATTACKS),
+      restarts=1,
+      devices=list(built.mesh.local_devices),
+    )
+    # Of a search that went on: one that has no more to do says nothing of it.
+    each = found.seconds / max(int(found.iterations.sum()), 1)
+    steps = updates * restarts * whole.iterations
+    rows.append(
+      (
+        spec,
+        f"{found.compile_seconds:.1f}",
+        f"{1e3 * each:.2f}",
+        f"{whole.iterations:,}",
+        f"{found.compile_seconds + each * steps:,.0f}",
+      )
+    )
+  lines = []
+  if len(rows) > 1:
+    lines = [
+      f"Costs of attacks on {updates} updates of {shape}, from"
+      f" {ITERATIONS} iterations; a search that is done ends before the last:",
+      *columns.aligned(rows),
+    ]
+  if left:
+    lines.append(f"Not timed, as they do not iterate: {', '.join(left)}.")
+  return lines
+
+
+def _model(config: Config, built: setting.Setting):
+  return setting.model(config, built.data, adversary.attack_conv())
+
+
+def _auxiliary(built: setting.Setting) -> np.ndarray:
+  return built.data.x_train[: adversary.FEW_AUXILIARY]
+
+
+def _observations(
+  config: Config, built: setting.Setting, shape: attacks.Work, most: int
+) -> Observation:
+  """Undefended updates of training images, as many as are attacked at once."""
+  devices = list(built.mesh.local_devices)
+  count = min(len(devices) * attacks.default_width(devices[0]), most)
+  params = built.model.init(setting.key(config, setting.WEIGHTS))
+  x, y = built.data.x_train, built.data.y_train
+  rate = jnp.float32(built.rates.client(0))
+  update = jax.jit(functools.partial(attacks.simulate, _model(config, built)))
+  seen = []
+  for i in range(count):
+    rows = (i * shape.images + np.arange(shape.images)) % len(x)
+    labels = jnp.asarray(y[rows], jnp.int32).reshape(shape.steps, shape.batch)
+    seen.append(
+      Observation(
+        params=params,
+        update=update(
+          params, shape.batches(jnp.asarray(x[rows] / 255.0)), labels, rate
+        ),
+        bins=None,
+        labels=labels if config.labels_known else None,
+        learning_rate=rate,
+      )
+    )
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
 
 
 def _device_peak() -> str:
