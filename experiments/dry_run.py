@@ -27,7 +27,7 @@ from mpqfl_jax import (
   federated,
   precision,
 )
-from mpqfl_jax.types import Observation, Update
+from mpqfl_jax.types import Model, Observation, Update
 
 ROUNDS = 2
 # Iterations of an attack that are timed.
@@ -220,23 +220,34 @@ def _costs(
 def _attacks(config: Config, built: setting.Setting) -> list[str]:
   """A few iterations of each attack on updates as large as any."""
   shapes, count = _ATTACKED[config.task]
-  shape = max(shapes(config, built), key=lambda work: work.images * work.epochs)
+  known = shapes(config, built)
   readable = [d for d in built.defenses if not d.unreadable]
+  if not known or not readable:
+    return ["No update that an attack could read."]
+  shape = max(known, key=lambda work: work.images * work.epochs)
   updates = count(config, built) * len(readable) * len(config.attack_knowledge)
-  rows = [("attack", "compiling, s", "ms an iteration", "iterations", "s, most")]
+  model = setting.model(config, built.data, adversary.attack_conv())
+  rows = [
+    ("attack", "compiling, s", "ms an iteration", "iterations", "s, most")
+  ]
   left = []
   for spec in config.attack:
-    whole, few = (
-      adversary.make(spec, _model(config, built), shape, _auxiliary(built), n)
-      for n in (None, ITERATIONS)
+    make = functools.partial(
+      adversary.make,
+      spec,
+      model,
+      shape,
+      built.data.x_train[: adversary.FEW_AUXILIARY],
     )
-    if isinstance(whole, attacks.Direct) or isinstance(few, attacks.Direct):
+    whole = make()
+    if isinstance(whole, attacks.Direct):
       left.append(spec)
       continue
+    few = make(most=min(ITERATIONS, whole.iterations))
     restarts = config.attack_restarts or whole.restarts
     found = attacks.run(
       few,
-      _observations(config, built, shape, updates * restarts),
+      _observations(config, built, model, shape, updates * restarts),
       setting.key(config, setting.ATTACKS),
       restarts=1,
       devices=list(built.mesh.local_devices),
@@ -265,16 +276,12 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
   return lines
 
 
-def _model(config: Config, built: setting.Setting):
-  return setting.model(config, built.data, adversary.attack_conv())
-
-
-def _auxiliary(built: setting.Setting) -> np.ndarray:
-  return built.data.x_train[: adversary.FEW_AUXILIARY]
-
-
 def _observations(
-  config: Config, built: setting.Setting, shape: attacks.Work, most: int
+  config: Config,
+  built: setting.Setting,
+  model: Model,
+  shape: attacks.Work,
+  most: int,
 ) -> Observation:
   """Undefended updates of training images, as many as are attacked at once."""
   devices = list(built.mesh.local_devices)
@@ -282,7 +289,9 @@ def _observations(
   params = built.model.init(setting.key(config, setting.WEIGHTS))
   x, y = built.data.x_train, built.data.y_train
   rate = jnp.float32(built.rates.client(0))
-  update = jax.jit(functools.partial(attacks.simulate, _model(config, built)))
+  update = jax.jit(
+    functools.partial(attacks.simulate, model, epochs=shape.epochs)
+  )
   seen = []
   for i in range(count):
     rows = (i * shape.images + np.arange(shape.images)) % len(x)

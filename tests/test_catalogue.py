@@ -79,6 +79,12 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path, capfd, task):
   assert "--rounds=40" in said.out and "--defense=none,int4" in said.out
   assert "What a client sends under int4:" in said.out
   assert re.search(r"message +\d", said.out)
+  counted = re.search(r"^Costs of attacks on (\d+) updates of", said.out, re.M)
+  # One update of four images, or those of two clients; under either defence.
+  assert counted and int(counted[1]) == (2 if task == "attack" else 4)
+  attack = re.search(r"^dlg\S* +[\d.]+ +([\d.]+) +2 +(\d+)$", said.out, re.M)
+  assert attack and float(attack[1]) > 0
+  assert said.out.endswith("Nothing was written.\n")
   costs = re.findall(r"^(none|int4) +[\d.]+ +([\d.]+) +(\d+) ", said.out, re.M)
   if task == "attack":
     assert not costs

@@ -22,7 +22,12 @@ from mpqfl_jax.attacks import (
 )
 from mpqfl_jax.attacks import map as map_attack
 from mpqfl_jax.attacks.core import AnyAttack, Attack, Direct, Work, simulate
-from mpqfl_jax.attacks.runner import Interrupted, Reconstruction, run
+from mpqfl_jax.attacks.runner import (
+  Interrupted,
+  Reconstruction,
+  default_width,
+  run,
+)
 from mpqfl_jax.types import Model
 
 __all__ = [
@@ -34,8 +39,10 @@ __all__ = [
   "Interrupted",
   "Reconstruction",
   "Work",
+  "default_width",
   "make",
   "run",
+  "settings",
   "simulate",
 ]
 
@@ -113,14 +120,7 @@ def make(
   Raises:
     UserError: no such attack or setting.
   """
-  if name not in ATTACKS:
-    raise errors.unknown_name("attack", name, ATTACKS)
-  constructor = ATTACKS[name][0]
-  known = [
-    p.name
-    for p in inspect.signature(constructor).parameters.values()
-    if p.kind is p.KEYWORD_ONLY
-  ]
+  known = settings(name)
   if "auxiliary" in known:
     params["auxiliary"] = auxiliary
     known.remove("auxiliary")
@@ -131,4 +131,16 @@ def make(
       )
     if param not in known:
       raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
-  return constructor(model, core.Work(steps, batch, epochs), **params)
+  return ATTACKS[name][0](model, core.Work(steps, batch, epochs), **params)
+
+
+def settings(name: str) -> list[str]:
+  """The settings that an attack takes, `auxiliary` among them.
+
+  Raises:
+    UserError: no such attack.
+  """
+  if name not in ATTACKS:
+    raise errors.unknown_name("attack", name, ATTACKS)
+  found = inspect.signature(ATTACKS[name][0]).parameters.values()
+  return [p.name for p in found if p.kind is p.KEYWORD_ONLY]

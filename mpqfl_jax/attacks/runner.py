@@ -243,6 +243,11 @@ def _ask(
   return result()
 
 
+def default_width(device: jax.Device) -> int:
+  """Lanes: one on a CPU, where a lockstep costs more than it gains, else 32."""
+  return 1 if device.platform == "cpu" else 32
+
+
 def run(
   attack: core.AnyAttack,
   observations: Observation,
@@ -267,8 +272,7 @@ def run(
     key: observation i and restart r start from keys derived from i and r.
     restarts: starting points an observation; default the attack's own.
     devices: where it runs; default all.
-    width: lanes on each device, vectorised; default 1 on a CPU, where a
-      lockstep costs more than it gains, else 32.
+    width: lanes on each device, vectorised; default `default_width`.
     chunk: iterations between two looks at the host.
     channel: the defence that the updates went through, for attacks that learn
       from updates of their own; give the same object again to reuse what was
@@ -285,7 +289,7 @@ def run(
     raise errors.UserError(f"restarts must be at least 1, not {restarts}")
   devices = tuple(jax.devices() if devices is None else devices)
   if width is None:
-    width = 1 if devices[0].platform == "cpu" else 32
+    width = default_width(devices[0])
   host = _on_host(observations)
   attack.check(jax.tree.map(lambda a: a[0], host))
   if isinstance(attack, core.Direct):
