@@ -283,6 +283,69 @@ def test_fitted_coordinates_whiten_their_images():
     coordinates.fitted(model, images[:5])
 
 
+def images_in_place(count: int, seed: int = 0) -> np.ndarray:
+  """[count, 4, 4, 3]: black above, below one of two patterns and some noise."""
+  rng = np.random.default_rng(seed)
+  patterns = np.random.default_rng(1).uniform(50, 200, (2, 2, 4, 3))
+  below = patterns[rng.integers(0, 2, count)]
+  x = np.concatenate([np.zeros_like(below), below], 1)
+  noise = rng.normal(0, 6, x.shape) * (x > 0)
+  return np.clip(np.round(x + noise), 0, 255).astype(np.uint8)
+
+
+def test_the_full_covariance_is_the_one_of_most_likely_held_out_images():
+  model, images = rgb_model(), images_in_place(600)
+  made = coordinates.fitted(model, images)
+  stationary = coordinates.fitted(model, images, stationary=True)
+
+  def covariance(of: coordinates.Coordinates) -> np.ndarray:
+    mean = of.to_images(jnp.zeros(48)).reshape(-1)
+    steps = of.to_images(jnp.eye(48)).reshape(48, 48) - mean
+    return np.asarray(steps, np.float64).T @ np.asarray(steps, np.float64)
+
+  x = images.reshape(600, 48) / 255.0
+  center = x - x.mean(0)
+  held = np.arange(600) % 10 == 9
+  simple = covariance(stationary)
+
+  def of_share(share: float, rows: np.ndarray) -> np.ndarray:
+    return (1 - share) * rows.T @ rows / len(rows) + share * simple
+
+  likelihoods = [
+    scipy.stats.multivariate_normal.logpdf(
+      center[held], np.zeros(48), of_share(share, center[~held])
+    ).mean()
+    for share in coordinates.SHRINKAGES
+  ]
+  best = coordinates.SHRINKAGES[int(np.argmax(likelihoods))]
+  assert best < 1
+  np.testing.assert_allclose(
+    covariance(made), of_share(best, center), atol=2e-5
+  )
+  # Images that neither was fitted to: far more likely than before.
+  new = images_in_place(100, 2).reshape(100, 48) / 255.0 - x.mean(0)
+  gain = [
+    scipy.stats.multivariate_normal.logpdf(new, np.zeros(48), c).mean()
+    for c in (covariance(made), simple)
+  ]
+  assert gain[0] > gain[1] + 20
+
+
+def test_the_full_covariance_is_left_where_it_finds_nothing(monkeypatch):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
+  made = coordinates.fitted(rgb_model(), images)
+  stationary = coordinates.fitted(rgb_model(), images, stationary=True)
+  # Nor is one of too many values.
+  monkeypatch.setattr(coordinates, "MAX_FULL", 47)
+  large = coordinates.fitted(rgb_model(), images_in_place(600))
+  monkeypatch.undo()
+  small = coordinates.fitted(rgb_model(), images_in_place(600))
+  assert (large.deviation != small.deviation).any()
+  z = jax.random.normal(jax.random.key(0), (48,))
+  np.testing.assert_array_equal(made.to_images(z), stationary.to_images(z))
+
+
 @pytest.mark.parametrize("label", [0, 1, 2])
 def test_one_label_is_the_one_that_brute_force_finds(label):
   model = rgb_model()

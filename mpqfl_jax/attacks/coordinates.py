@@ -5,8 +5,10 @@ than in colour. A search in coordinates where every unit is one standard
 deviation of an image needs several times fewer iterations than one in pixels,
 and ends at a likelier image where the update leaves a choice. The cosine
 transform of positions together with a rotation of the colours at each frequency
-is close to the principal components of images, costs two small matrix products,
-and can be fitted to few images without overfitting.
+is close to the principal components of photographs, costs two small matrix
+products, and can be fitted to few images without overfitting. Small images of
+one kind in one place, such as digits, are far from stationary: there a full
+covariance, shrunk towards that of the cosine transform, is a better prior.
 """
 
 from collections.abc import Callable
@@ -110,15 +112,27 @@ def natural(model: Model, exponent: float = 1.0) -> Coordinates:
   )
 
 
-def fitted(model: Model, auxiliary: np.ndarray) -> Coordinates:
+# Images of more values keep the cosine transform: a matrix of all pairs would
+# be read twice in every step of a search.
+MAX_FULL = 1024
+# How much of the cosine transform's covariance the full one keeps; 1 is all.
+SHRINKAGES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def fitted(
+  model: Model, auxiliary: np.ndarray, stationary: bool = False
+) -> Coordinates:
   """Coordinates in which images of the auxiliary set are about white.
 
   The origin is their mean image. At each frequency the covariance over channels
   is theirs; coefficients of different frequencies are taken as uncorrelated.
+  For images of at most `MAX_FULL` values the full covariance takes its place,
+  where it finds images that it was not fitted to more likely.
 
   Args:
     model: gives the shape of the images.
     auxiliary: [images, height, width, channels] uint8.
+    stationary: keeps the cosine transform in any case.
 
   Raises:
     UserError: too few images, or of another shape or type.
@@ -153,4 +167,65 @@ def fitted(model: Model, auxiliary: np.ndarray) -> Coordinates:
   covariance += np.eye(channels) * (0.1 * (1 / 255) ** 2 / 12)
   variance, directions = np.linalg.eigh(covariance)
   factor = np.sqrt(variance)[..., None] * directions.swapaxes(-1, -2)
-  return _spectral(mean, factor.astype(np.float32))
+  simple = _spectral(mean, factor.astype(np.float32))
+  if stationary or mean.size > MAX_FULL:
+    return simple
+  return _full(simple, auxiliary)
+
+
+def _full(simple: Coordinates, auxiliary: np.ndarray) -> Coordinates:
+  """Principal components of images, a share of their covariance shrunk.
+
+  The share is the one of `SHRINKAGES` under which every tenth image is most
+  likely, by a covariance of the others (as Ledoit and Wolf 2004 shrink towards
+  a simple one, with the share found by likelihood instead of in closed form).
+  """
+  mean = np.asarray(simple.to_images(jnp.zeros(simple.shape)))[0]
+  white = np.concatenate(
+    [
+      np.asarray(simple.from_images(jnp.asarray(part, jnp.float32) / 255))
+      for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000))
+    ]
+  ).reshape(len(auxiliary), -1)
+  held = np.arange(len(white)) % 10 == 9
+  # In coordinates that the simple covariance makes white, it is one.
+  variance, directions = _principal(white[~held])
+  power = np.mean(np.square(white[held] @ directions), 0)
+  costs = []
+  for share in SHRINKAGES:
+    shrunk = (1 - share) * variance + share
+    costs.append(np.sum(power / shrunk + np.log(shrunk)))
+  share = SHRINKAGES[int(np.argmin(costs))]
+  if share == 1.0:
+    return simple
+  # Of all images, and in pixels, where its components are orthogonal steps.
+  basis = np.asarray(
+    simple.to_images(jnp.eye(mean.size, dtype=jnp.float32))
+  ).reshape(mean.size, -1) - mean.reshape(-1)
+  second = white.T @ white / len(white)
+  shrunk = (1 - share) * second + share * np.eye(mean.size, dtype=np.float32)
+  variance, directions = np.linalg.eigh(
+    basis.T.astype(np.float64) @ shrunk @ basis
+  )
+  # Largest first, as frequencies are.
+  deviation = np.sqrt(variance[::-1])
+  directions = directions[:, ::-1]
+  forward = (deviation * directions).T.astype(np.float32)
+  inverse = (directions / deviation).astype(np.float32)
+  shape = simple.shape
+
+  def to_images(z: Array) -> Array:
+    return (z.reshape(-1, mean.size) @ forward).reshape(-1, *shape) + mean
+
+  def from_images(x: Array) -> Array:
+    return ((x - mean).reshape(-1, mean.size) @ inverse).reshape(-1, *shape)
+
+  return Coordinates(
+    shape, deviation.reshape(shape).astype(np.float32), to_images, from_images
+  )
+
+
+def _principal(white: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Variances and directions (columns) of rows whose mean is taken as zero."""
+  variance, directions = np.linalg.eigh(white.T @ white / len(white))
+  return np.maximum(variance, 0.0), directions

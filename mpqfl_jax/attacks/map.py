@@ -49,6 +49,7 @@ def maximum_a_posteriori(
   first_smoothing: float = 1.0,
   last_smoothing: float = 1e-4,
   spread: float = 0.3,
+  stationary: bool = False,
 ) -> core.Attack:
   """Most probable images given the payload and a prior from auxiliary images.
 
@@ -65,6 +66,8 @@ def maximum_a_posteriori(
       squares of a leaf.
     last_smoothing: smoothing in the last stage.
     spread: deviation of the starting point, in deviations of the prior.
+    stationary: keeps to a prior that is the same everywhere in the image, as it
+      is for large ones; see `coordinates.fitted`.
 
   Raises:
     UserError: no auxiliary images, or stages that do not fit.
@@ -78,7 +81,7 @@ def maximum_a_posteriori(
       "attack 'map' needs auxiliary images for its prior; none were given."
     )
   images = work.images
-  prior = coordinates.fitted(model, np.asarray(auxiliary))
+  prior = coordinates.fitted(model, np.asarray(auxiliary), stationary)
   every = iterations // stages
   ratio = (last_smoothing / first_smoothing) ** (1 / (stages - 1))
 
