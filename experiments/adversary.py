@@ -105,27 +105,14 @@ def _summarize(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make(
-  spec: str,
-  model: Model,
-  shape: attacks.Work,
-  auxiliary: np.ndarray,
-  most: int | None = None,
+  spec: str, model: Model, shape: attacks.Work, auxiliary: np.ndarray
 ) -> attacks.AnyAttack:
   """The attack that a flag names, for updates of one shape.
-
-  Args:
-    spec: as in the flag.
-    model: under attack.
-    shape: of the updates.
-    auxiliary: images for a prior.
-    most: iterations, where the attack has more; None for all of them.
 
   Raises:
     UserError: no such attack, or settings that it does not take.
   """
   name, options = specs.parse(spec)
-  if most is not None and "iterations" in attacks.settings(name):
-    options["iterations"] = most
   return attacks.make(
     name,
     model,

@@ -232,21 +232,15 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
   ]
   left = []
   for spec in config.attack:
-    make = functools.partial(
-      adversary.make,
-      spec,
-      model,
-      shape,
-      built.data.x_train[: adversary.FEW_AUXILIARY],
+    whole = adversary.make(
+      spec, model, shape, built.data.x_train[: adversary.FEW_AUXILIARY]
     )
-    whole = make()
     if isinstance(whole, attacks.Direct):
       left.append(spec)
       continue
-    few = make(most=min(ITERATIONS, whole.iterations))
     restarts = config.attack_restarts or whole.restarts
     found = attacks.run(
-      few,
+      whole._replace(iterations=min(ITERATIONS, whole.iterations)),
       _observations(config, built, model, shape, updates * restarts),
       setting.key(config, setting.ATTACKS),
       restarts=1,

@@ -18,7 +18,6 @@ from mpqfl_jax import errors, he
 
 MIN_BITS, MAX_BITS = 2, 16
 _WEIGHT_BITS = 20  # a weight is sent as a whole number of 2^-20
-_EXTRA = 2  # numbers before the values: a one, and the weight
 # A coefficient's noise is a sum of some thousand roundings: that it is beyond
 # eight deviations has a probability of 1e-15.
 _DEVIATIONS = 8
@@ -34,7 +33,6 @@ class Parameters(NamedTuple):
     modulus: of the ciphertexts, whose degree is the number of slots.
     plain_modulus: a prime; sums of slots are right modulo it.
     bits: of an entry.
-    digits: entries in a slot.
     bound: entries are cut off there.
     clients: the most that a sum may have.
   """
@@ -42,7 +40,6 @@ class Parameters(NamedTuple):
   modulus: he.Modulus
   plain_modulus: int
   bits: int
-  digits: int
   bound: float
   clients: int
 
@@ -53,7 +50,7 @@ class Parameters(NamedTuple):
   @property
   def levels(self) -> int:
     """Of an entry of `bound`."""
-    return 2 ** (self.bits - 1) - 1
+    return levels(self.bits)
 
   @property
   def base(self) -> int:
@@ -61,12 +58,20 @@ class Parameters(NamedTuple):
     return 2 * self.levels * self.clients + 1
 
   @property
+  def digits(self) -> int:
+    """Entries in a slot."""
+    count = 1
+    while self.base ** (count + 1) <= self.plain_modulus:
+      count += 1
+    return count
+
+  @property
   def step(self) -> float:
     """Between two levels of a weighted entry."""
     return self.bound / self.levels
 
   def slots_for(self, num_values: int) -> int:
-    return _EXTRA - (-num_values // self.digits)
+    return he.EXTRA - (-num_values // self.digits)
 
   def context(self, library: Any) -> Any:
     return library.context(
@@ -118,7 +123,7 @@ class Parameters(NamedTuple):
     # At least one, or the sum might hold no weight.
     whole = max(round(weight * 2**_WEIGHT_BITS), 1)
     entries = self.entries(update, whole / 2**_WEIGHT_BITS, rng)
-    count = self.slots_for(len(entries)) - _EXTRA
+    count = self.slots_for(len(entries)) - he.EXTRA
     digits = np.zeros(count * self.digits, np.int64)
     digits[: len(entries)] = entries
     powers = self.base ** np.arange(self.digits, dtype=np.int64)
@@ -139,7 +144,7 @@ class Parameters(NamedTuple):
       )
     # Signed digits: moved up by as much as each can be below zero.
     middle = self.levels * self.clients
-    left = numbers[_EXTRA:] + (self.base**self.digits - 1) // 2
+    left = numbers[he.EXTRA :] + (self.base**self.digits - 1) // 2
     digits = np.empty((len(left), self.digits), np.int64)
     for i in range(self.digits):
       left, digits[:, i] = np.divmod(left, self.base)
@@ -150,6 +155,11 @@ class Parameters(NamedTuple):
         "the sum holds values that no clients can have sent"
       )
     return he.Sum(entries * (self.step / weight), weight, count)
+
+
+def levels(bits: int) -> int:
+  """The whole number that an entry of `bound` becomes."""
+  return 2 ** (bits - 1) - 1
 
 
 def parameters(
@@ -186,9 +196,7 @@ def parameters(
   noise = _DEVIATIONS * modulus.noise_stddev * math.sqrt(clients) + clients
   room = int(2**modulus_bits / (2 * noise))
   # What is in a slot: a sum of weights, or of entries, and their signs.
-  least = max(
-    2 * clients * 2**_WEIGHT_BITS, 2 * clients * (2 ** (bits - 1) - 1) + 1
-  )
+  least = 2 * clients * max(2**_WEIGHT_BITS, levels(bits)) + 1
   plain = _prime_below(room, 2 * degree) if room > least else 0
   if plain < least:
     needed = modulus_bits + math.ceil(math.log2((least + 2 * degree) / room))
@@ -198,11 +206,7 @@ def parameters(
       f" {math.log2(least):.0f} bits above the noise and there are"
       f" {math.log2(room):.0f}. Expected modulus_bits of at least {needed}."
     )
-  base = 2 * clients * (2 ** (bits - 1) - 1) + 1
-  digits = 1
-  while base ** (digits + 1) <= plain:
-    digits += 1
-  return Parameters(modulus, plain, bits, digits, float(bound), clients)
+  return Parameters(modulus, plain, bits, float(bound), clients)
 
 
 def _prime_below(limit: int, step: int) -> int:
@@ -210,7 +214,7 @@ def _prime_below(limit: int, step: int) -> int:
   number = (limit - 2) // step * step + 1
   while number > 1 and not _is_prime(number):
     number -= step
-  return max(number, 0) if number > 1 else 0
+  return number if number > 1 else 0
 
 
 def _is_prime(number: int) -> bool:

@@ -15,7 +15,6 @@ from mpqfl_jax import errors, he
 MIN_PRECISION_BITS = 20
 # Weight and count in a sum are right to far better than this.
 _TOLERANCE = 1e-3
-_EXTRA = 2  # numbers before the values: a one, and the weight
 
 
 class Parameters(NamedTuple):
@@ -48,7 +47,7 @@ class Parameters(NamedTuple):
     return self.bound * slot / math.sqrt(2) / 2**self.scale_bits
 
   def slots_for(self, num_values: int) -> int:
-    return num_values + _EXTRA
+    return num_values + he.EXTRA
 
   def context(self, library: Any) -> Any:
     made = library.context(
@@ -98,7 +97,7 @@ class Parameters(NamedTuple):
         no clients can have sent.
     """
     found, weight = float(numbers[0]), float(numbers[1])
-    values = numbers[_EXTRA : _EXTRA + num_values]
+    values = numbers[he.EXTRA : he.EXTRA + num_values]
     if not abs(found - count) < _TOLERANCE:
       raise he.CiphertextError(
         f"the sum holds {found:.6g} clients, expected {count}"

@@ -79,7 +79,7 @@ class Options(NamedTuple):
     """
     if self.bits is None:
       return 0.0
-    return self.bound / (2 ** (self.bits - 1) - 1) / math.sqrt(6)
+    return self.bound / bfv.levels(self.bits) / math.sqrt(6)
 
 
 def options(

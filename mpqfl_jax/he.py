@@ -46,6 +46,7 @@ MAX_MODULUS_BITS = {
   32768: 881,
 }
 MAX_PRIME_BITS = 60  # of SEAL
+EXTRA = 2  # numbers before an update's own: a one, and the weight
 
 _HEADER = struct.Struct("<3sB8sIII")
 _LENGTH = struct.Struct("<I")

@@ -42,7 +42,6 @@ __all__ = [
   "default_width",
   "make",
   "run",
-  "settings",
   "simulate",
 ]
 
@@ -120,7 +119,14 @@ def make(
   Raises:
     UserError: no such attack or setting.
   """
-  known = settings(name)
+  if name not in ATTACKS:
+    raise errors.unknown_name("attack", name, ATTACKS)
+  constructor = ATTACKS[name][0]
+  known = [
+    p.name
+    for p in inspect.signature(constructor).parameters.values()
+    if p.kind is p.KEYWORD_ONLY
+  ]
   if "auxiliary" in known:
     params["auxiliary"] = auxiliary
     known.remove("auxiliary")
@@ -131,16 +137,4 @@ def make(
       )
     if param not in known:
       raise errors.unknown_name(f"setting of attack {name!r}:", param, known)
-  return ATTACKS[name][0](model, core.Work(steps, batch, epochs), **params)
-
-
-def settings(name: str) -> list[str]:
-  """The settings that an attack takes, `auxiliary` among them.
-
-  Raises:
-    UserError: no such attack.
-  """
-  if name not in ATTACKS:
-    raise errors.unknown_name("attack", name, ATTACKS)
-  found = inspect.signature(ATTACKS[name][0]).parameters.values()
-  return [p.name for p in found if p.kind is p.KEYWORD_ONLY]
+  return constructor(model, core.Work(steps, batch, epochs), **params)

@@ -189,11 +189,12 @@ def _full(simple: Coordinates, auxiliary: np.ndarray) -> Coordinates:
   ).reshape(len(auxiliary), -1)
   held = np.arange(len(white)) % 10 == 9
   # In coordinates that the simple covariance makes white, it is one.
-  variance, directions = _principal(white[~held])
+  rest = white[~held]
+  variance, directions = np.linalg.eigh(rest.T @ rest / len(rest))
   power = np.mean(np.square(white[held] @ directions), 0)
   costs = []
   for share in SHRINKAGES:
-    shrunk = (1 - share) * variance + share
+    shrunk = (1 - share) * np.maximum(variance, 0.0) + share
     costs.append(np.sum(power / shrunk + np.log(shrunk)))
   share = SHRINKAGES[int(np.argmin(costs))]
   if share == 1.0:
@@ -223,9 +224,3 @@ def _full(simple: Coordinates, auxiliary: np.ndarray) -> Coordinates:
   return Coordinates(
     shape, deviation.reshape(shape).astype(np.float32), to_images, from_images
   )
-
-
-def _principal(white: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Variances and directions (columns) of rows whose mean is taken as zero."""
-  variance, directions = np.linalg.eigh(white.T @ white / len(white))
-  return np.maximum(variance, 0.0), directions
