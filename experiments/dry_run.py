@@ -228,7 +228,7 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
   updates = count(config, built) * len(readable) * len(config.attack_knowledge)
   model = setting.model(config, built.data, adversary.attack_conv())
   rows = [
-    ("attack", "compiling, s", "ms an iteration", "iterations", "s, most")
+    ("attack", "preparing, s", "ms an iteration", "iterations", "s, most")
   ]
   left = []
   for spec in config.attack:

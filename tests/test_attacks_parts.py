@@ -254,7 +254,7 @@ def test_coordinates_are_inverted_and_orthogonal():
   for made in (
     coordinates.natural(model, 0.0),
     coordinates.natural(model, 1.0),
-    coordinates.fitted(model, images),
+    coordinates.fitted(model.image_shape, images),
   ):
     z = made.from_images(x)
     np.testing.assert_allclose(made.to_images(z), x, atol=1e-4)
@@ -273,14 +273,14 @@ def test_fitted_coordinates_whiten_their_images():
   smooth = rng.normal(size=(4000, 2, 2, 3)).repeat(2, 1).repeat(2, 2)
   noisy = smooth * 40 + rng.normal(size=(4000, 4, 4, 3)) * 8 + 128
   images = np.clip(noisy, 0, 255).astype(np.uint8)
-  made = coordinates.fitted(model, images)
+  made = coordinates.fitted(model.image_shape, images)
   z = np.asarray(made.from_images(jnp.asarray(images / 255.0, jnp.float32)))
   np.testing.assert_allclose(z.mean(0), 0, atol=0.02)
   np.testing.assert_allclose((z**2).mean(0), 1, atol=0.05)
   with pytest.raises(errors.UserError, match="uint8"):
-    coordinates.fitted(model, images.astype(np.float32))
+    coordinates.fitted(model.image_shape, images.astype(np.float32))
   with pytest.raises(errors.UserError, match="100"):
-    coordinates.fitted(model, images[:5])
+    coordinates.fitted(model.image_shape, images[:5])
 
 
 def images_in_place(count: int, seed: int = 0) -> np.ndarray:
@@ -295,8 +295,8 @@ def images_in_place(count: int, seed: int = 0) -> np.ndarray:
 
 def test_the_full_covariance_is_the_one_of_most_likely_held_out_images():
   model, images = rgb_model(), images_in_place(600)
-  made = coordinates.fitted(model, images)
-  stationary = coordinates.fitted(model, images, stationary=True)
+  made = coordinates.fitted(model.image_shape, images)
+  stationary = coordinates.fitted(model.image_shape, images, stationary=True)
 
   def covariance(of: coordinates.Coordinates) -> np.ndarray:
     mean = of.to_images(jnp.zeros(48)).reshape(-1)
@@ -334,13 +334,14 @@ def test_the_full_covariance_is_the_one_of_most_likely_held_out_images():
 def test_the_full_covariance_is_left_where_it_finds_nothing(monkeypatch):
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (120, 4, 4, 3), dtype=np.uint8)
-  made = coordinates.fitted(rgb_model(), images)
-  stationary = coordinates.fitted(rgb_model(), images, stationary=True)
+  shape = rgb_model().image_shape
+  made = coordinates.fitted(shape, images)
+  stationary = coordinates.fitted(shape, images, stationary=True)
   # Nor is one of too many values.
   monkeypatch.setattr(coordinates, "MAX_FULL", 47)
-  large = coordinates.fitted(rgb_model(), images_in_place(600))
+  large = coordinates.fitted(shape, images_in_place(600))
   monkeypatch.undo()
-  small = coordinates.fitted(rgb_model(), images_in_place(600))
+  small = coordinates.fitted(shape, images_in_place(600))
   assert (large.deviation != small.deviation).any()
   z = jax.random.normal(jax.random.key(0), (48,))
   np.testing.assert_array_equal(made.to_images(z), stationary.to_images(z))
@@ -444,7 +445,8 @@ def test_predicted_leakage_of_a_linear_model_is_the_closed_form():
   )
   assert found[0].leaves == ("dense/bias", "dense/kernel")
   noise = np.array([[1.0, 0.02]] * 2)
-  variance = coordinates.fitted(model, images).deviation.reshape(-1) ** 2
+  made = coordinates.fitted(model.image_shape, images)
+  variance = made.deviation.reshape(-1) ** 2
   # Each pixel is seen twice, with opposite signs, under noise 0.02.
   floor = 1e-8 * found[0].signal[1]
   posterior = 1 / (1 / variance + 2 / (0.02 + floor))

@@ -106,11 +106,8 @@ def test_the_noise_that_is_left_room_for_is_there(clients):
   # noise: those bits have to be left, and little more.
   params = bfv.parameters(clients, 8, 1.0)
   spare = 4
-  step = 2 * params.modulus.degree
-  smaller = next(
-    n
-    for n in range(params.plain_modulus // 2**spare // step * step + 1, 0, -step)
-    if bfv._is_prime(n)
+  smaller = bfv._prime_below(
+    params.plain_modulus // 2**spare, 2 * params.modulus.degree
   )
   assert math.log2(params.plain_modulus / smaller) == pytest.approx(
     spare, abs=0.01

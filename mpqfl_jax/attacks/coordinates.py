@@ -120,7 +120,7 @@ SHRINKAGES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def fitted(
-  model: Model, auxiliary: np.ndarray, stationary: bool = False
+  shape: tuple[int, int, int], auxiliary: np.ndarray, stationary: bool = False
 ) -> Coordinates:
   """Coordinates in which images of the auxiliary set are about white.
 
@@ -130,14 +130,14 @@ def fitted(
   where it finds images that it was not fitted to more likely.
 
   Args:
-    model: gives the shape of the images.
+    shape: of an image, (height, width, channels).
     auxiliary: [images, height, width, channels] uint8.
     stationary: keeps the cosine transform in any case.
 
   Raises:
     UserError: too few images, or of another shape or type.
   """
-  expected = tuple(model.image_shape)
+  expected = tuple(shape)
   if auxiliary.dtype != np.uint8 or auxiliary.shape[1:] != expected:
     raise errors.UserError(
       f"auxiliary images have shape {auxiliary.shape} and type"

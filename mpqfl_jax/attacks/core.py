@@ -72,6 +72,8 @@ class Attack(NamedTuple):
     images: number of images in one client's update, steps * batch.
     iterations: most steps that are taken from one starting point.
     restarts: default number of starting points.
+    prepare: on the host, after `check` and before anything is compiled: learns
+      what serves all observations. A second call costs nothing.
   """
 
   name: str
@@ -83,6 +85,7 @@ class Attack(NamedTuple):
   images: int
   iterations: int
   restarts: int
+  prepare: Callable[[], object] = lambda: None
 
 
 class Answer(NamedTuple):

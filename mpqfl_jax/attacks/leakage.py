@@ -75,7 +75,7 @@ def sensitivity(
     UserError: auxiliary images that give no prior, or more components than an
       image has values.
   """
-  prior = coordinates.fitted(model, auxiliary)
+  prior = coordinates.fitted(model.image_shape, auxiliary)
   pixels = prior.deviation.size
   if components is None:
     components = min(COMPONENTS, pixels)

@@ -148,7 +148,7 @@ def learning_to_invert(
       "attack 'learning_to_invert' needs auxiliary images to learn from; none"
       " were given."
     )
-  prior = coordinates.fitted(model, np.asarray(auxiliary))
+  prior = coordinates.fitted(model.image_shape, np.asarray(auxiliary))
   pool = jnp.asarray(auxiliary)
   inputs = work.images * int(np.prod(model.image_shape))
   optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))

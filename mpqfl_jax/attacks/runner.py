@@ -36,9 +36,9 @@ class Reconstruction(NamedTuple):
       infinite where no iteration gave a number.
     iterations: [n] int32, steps taken, summed over restarts.
     seconds: wall time of the search, compilation excluded.
-    compile_seconds: wall time spent on compilation, 0 where a former run of the
-      same attack on the same shapes left its program, and where it was not
-      measured apart.
+    compile_seconds: wall time spent on compilation, and on what the attack had
+      to learn before; 0 where a former run of the same attack on the same
+      shapes left its program, and where it was not measured apart.
   """
 
   x: np.ndarray
@@ -340,7 +340,9 @@ def run(
       compile_seconds,
     )
 
-  begin, compile_seconds = time.perf_counter(), 0.0
+  begin = time.perf_counter()
+  attack.prepare()
+  compile_seconds = time.perf_counter() - begin
   items = np.full(lanes_count, -1)
   waiting, lanes, shown = 0, None, 0
   bar = tqdm.tqdm(
