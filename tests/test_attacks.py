@@ -365,6 +365,15 @@ def test_mistakes_are_named():
     attacks.make("analytic", model, iterations=3)
   with pytest.raises(errors.UserError, match="auxiliary"):
     attacks.make("map", model)
+  for options, message in (
+    ({"prior": "learnt"}, "Did you mean 'learned'"),
+    ({"prior": "learned", "stages": 300}, "expected 2 to 250"),
+    ({"prior": "learned", "training": 0}, "at least 1 step"),
+    ({"last_blur": 0.01}, "expected one that falls"),
+    ({"first_blur": 0.1, "last_blur": 0.2}, "expected one that falls"),
+  ):
+    with pytest.raises(errors.UserError, match=message):
+      attacks.make("map", model, auxiliary=np.zeros(1), **options)
   with pytest.raises(errors.UserError, match="one image of one step"):
     attacks.make("analytic", model, batch=2)
   lenet = models.make("lenet_zhu", (6, 6, 1), 4, MEAN, STD)

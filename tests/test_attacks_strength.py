@@ -16,7 +16,12 @@ def cifar():
 
 def lenet(data):
   model = models.make(
-    "lenet_zhu", (32, 32, 3), 10, data.mean, data.std, conv="slices"
+    "lenet_zhu",
+    data.x_train.shape[1:],
+    10,
+    data.mean,
+    data.std,
+    conv="slices",
   )
   return model, model.init(jax.random.key(0))
 
@@ -89,6 +94,21 @@ def test_map_reads_quantised_updates(cifar, codec, options, expected_db):
   )
   found = attack("map", model, cifar, observation)
   assert np.median(metrics.psnr_db(x, found.x[:, 0])) >= expected_db
+
+
+@pytest.mark.slow
+def test_a_learned_prior_knows_digits_better_than_a_gaussian():
+  mnist = datasets.load("mnist_sample")
+  model, params = lenet(mnist)
+  rows = np.arange(200, 204)
+  x, _, observation = observe(
+    model, params, mnist, rows, "int2", adaptive=True, rounding="stochastic"
+  )
+  quality = {}
+  for prior in ("gaussian", "learned"):
+    found = attack("map", model, mnist, observation, prior=prior)
+    quality[prior] = metrics.psnr_db(x, found.x[:, 0])
+  assert np.median(quality["learned"] - quality["gaussian"]) > 2
 
 
 @pytest.mark.slow
