@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,9 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
       left.append(spec)
       continue
     restarts = config.attack_restarts or whole.restarts
+    begin = time.perf_counter()
+    whole.prepare()
+    learned = time.perf_counter() - begin
     found = attacks.run(
       whole._replace(iterations=min(ITERATIONS, whole.iterations)),
       _observations(config, built, model, shape, updates * restarts),
@@ -249,13 +253,14 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
     # Of a search that went on: one that has no more to do says nothing of it.
     each = found.seconds / max(int(found.iterations.sum()), 1)
     steps = updates * restarts * whole.iterations
+    prepared = learned + found.compile_seconds
     rows.append(
       (
         spec,
-        f"{found.compile_seconds:.1f}",
+        f"{prepared:.1f}",
         f"{1e3 * each:.2f}",
         f"{whole.iterations:,}",
-        f"{found.compile_seconds + each * steps:,.0f}",
+        f"{prepared + each * steps:,.0f}",
       )
     )
   lines = []

@@ -5,9 +5,9 @@ gradient (D(y) - y) / s^2 at y, where D(y) is the mean of the images that may
 lie behind y (Vincent 2011, section 4). Here that density is the one of a
 Gaussian, `coordinates.fitted`, times exp(-|n(y)|^2 / 2), where n is a small
 convolutional network, trained so that the gradient denoises (a gradient step
-denoiser: Hurault et al. 2022, section 3, whose energy is the distance to a
-network's output). Since it is a proper energy, line searches work, and so does
-the choice of the best restart by its value.
+denoiser: Hurault et al. 2022, whose energy is the distance to a network's
+output). Since it is a proper energy, line searches work, and so does the choice
+of the best restart by its value.
 """
 
 import functools

@@ -49,7 +49,7 @@ def maximum_a_posteriori(
   stages: int = 5,
   history: int = 50,
   first_smoothing: float = 1.0,
-  last_smoothing: float = 1e-4,
+  last_smoothing: float | None = None,
   spread: float = 0.3,
   prior: str = "gaussian",
   training: int = 1200,
@@ -70,7 +70,9 @@ def maximum_a_posteriori(
     history: curvature pairs kept.
     first_smoothing: smoothing of the likelihood at the start, in root mean
       squares of a leaf.
-    last_smoothing: smoothing in the last stage.
+    last_smoothing: smoothing in the last stage; None is 1e-4, and 0.01 with the
+      learned prior, which a likelihood with edges as sharp as that would hold
+      where the Gaussian one left it.
     spread: deviation of the starting point, in deviations of the prior.
     prior: "gaussian"; "stationary", a Gaussian that is the same everywhere in
       the image, as it is for large ones (`coordinates.fitted`); or "learned",
@@ -95,6 +97,8 @@ def maximum_a_posteriori(
       " at most."
     )
   learned = prior == "learned"
+  if last_smoothing is None:
+    last_smoothing = 0.01 if learned else 1e-4
   if training < 1:
     raise errors.UserError(
       f"attack 'map': training={training}, expected at least 1 step."

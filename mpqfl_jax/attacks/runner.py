@@ -35,10 +35,10 @@ class Reconstruction(NamedTuple):
     objective: [n] float32, the lowest objective over iterations and restarts;
       infinite where no iteration gave a number.
     iterations: [n] int32, steps taken, summed over restarts.
-    seconds: wall time of the search, compilation excluded.
-    compile_seconds: wall time spent on compilation, and on what the attack had
-      to learn before; 0 where a former run of the same attack on the same
-      shapes left its program, and where it was not measured apart.
+    seconds: wall time of the search, compilation and preparation excluded.
+    compile_seconds: wall time spent on compilation, 0 where a former run of the
+      same attack on the same shapes left its program, and where it was not
+      measured apart.
   """
 
   x: np.ndarray
@@ -340,9 +340,8 @@ def run(
       compile_seconds,
     )
 
-  begin = time.perf_counter()
   attack.prepare()
-  compile_seconds = time.perf_counter() - begin
+  begin, compile_seconds = time.perf_counter(), 0.0
   items = np.full(lanes_count, -1)
   waiting, lanes, shown = 0, None, 0
   bar = tqdm.tqdm(
