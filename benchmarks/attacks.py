@@ -186,7 +186,7 @@ def _task(args: argparse.Namespace):
   """The model, its weights, and the data set."""
   import jax
 
-  from mpqfl_jax import datasets, models
+  from mpqfl_jax import datasets, layers, models
 
   data = datasets.load(args.dataset)
   model = models.make(
@@ -195,7 +195,7 @@ def _task(args: argparse.Namespace):
     len(data.class_names),
     data.mean,
     data.std,
-    conv="slices" if jax.default_backend() == "cpu" else "xla",
+    conv=layers.attack_form(),
   )
   return model, model.init(jax.random.key(args.seed)), data
 

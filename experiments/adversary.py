@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import folder, observations, setting
 from experiments.config import Config
-from mpqfl_jax import attacks, defenses, metrics, specs, trees
+from mpqfl_jax import attacks, defenses, layers, metrics, specs, trees
 from mpqfl_jax.types import Bins, Model, Observation, Update
 
 # Images that an attack's prior is fitted to: at most, and for a first check.
@@ -40,7 +40,7 @@ def attack_all(
     defense -> attack -> knowledge -> summary, and the references of the
     attacked images.
   """
-  model = setting.model(config, built.data, attack_conv())
+  model = setting.model(config, built.data, layers.attack_form())
   auxiliary = auxiliary_images(built, watched)
   mean = mean_image(built)
   summaries: dict[str, dict[str, Any]] = {}
@@ -222,11 +222,6 @@ def _known(
       folder.append_line(path, line)
     return lines
   return []
-
-
-def attack_conv() -> str:
-  """Second derivatives are fastest as slices and products on a CPU."""
-  return "slices" if jax.default_backend() == "cpu" else "xla"
 
 
 def _by_shape(watched: Sequence[observations.Watched]) -> Iterable:

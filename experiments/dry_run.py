@@ -26,6 +26,7 @@ from mpqfl_jax import (
   datasets,
   defenses,
   federated,
+  layers,
   precision,
 )
 from mpqfl_jax.types import Model, Observation, Update
@@ -227,7 +228,7 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
     return ["No update that an attack could read."]
   shape = max(known, key=lambda work: work.images * work.epochs)
   updates = count(config, built) * len(readable) * len(config.attack_knowledge)
-  model = setting.model(config, built.data, adversary.attack_conv())
+  model = setting.model(config, built.data, layers.attack_form())
   rows = [
     ("attack", "preparing, s", "ms an iteration", "iterations", "s, most")
   ]

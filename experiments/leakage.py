@@ -15,7 +15,7 @@ import tqdm
 
 from experiments import adversary, attack, folder, setting, summary
 from experiments.config import Config
-from mpqfl_jax import errors, guard, metrics, precision
+from mpqfl_jax import errors, guard, layers, metrics, precision
 from mpqfl_jax.attacks import core, leakage, objectives
 from mpqfl_jax.report import tables
 from mpqfl_jax.types import Model, Params, Update
@@ -45,7 +45,7 @@ def run(
   """
   begin = time.perf_counter()
   sent, _ = attack.broadcast(config, built)
-  model = setting.model(config, built.data, adversary.attack_conv())
+  model = setting.model(config, built.data, layers.attack_form())
   by_defense = {
     d.spec: attack.updates(config, built, d, sent) for d in built.defenses
   }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from mpqfl_jax import errors
 from mpqfl_jax.attacks import coordinates, denoising
 
 
@@ -90,6 +91,13 @@ def test_it_knows_what_is_rare_where_a_gaussian_knows_its_spread():
       return float(np.mean(np.square(np.asarray(found) - best)))
 
     assert off(weights) < 0.75 * off(zero)
+
+
+def test_images_of_another_kind_are_refused():
+  images = np.zeros((120, 5, 4, 3), np.uint8)
+  for wrong in (images.astype(np.float32), images[:, :4], images[:99]):
+    with pytest.raises(errors.UserError, match="auxiliary images"):
+      denoising.fitted((5, 4, 3), wrong, 1)
 
 
 def test_the_same_images_give_the_same_weights():

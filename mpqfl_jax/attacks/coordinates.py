@@ -11,7 +11,7 @@ one kind in one place, such as digits, are far from stationary: there a full
 covariance, shrunk towards that of the cosine transform, is a better prior.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import math
 from typing import NamedTuple
 
@@ -119,6 +119,34 @@ MAX_FULL = 1024
 SHRINKAGES = (3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+def check(shape: tuple[int, int, int], auxiliary: np.ndarray) -> None:
+  """Refuses auxiliary images that no prior can be fitted to.
+
+  Args:
+    shape: of an image, (height, width, channels).
+    auxiliary: [images, height, width, channels] uint8.
+
+  Raises:
+    UserError: too few images, or of another shape or type.
+  """
+  expected = tuple(shape)
+  if auxiliary.dtype != np.uint8 or auxiliary.shape[1:] != expected:
+    raise errors.UserError(
+      f"auxiliary images have shape {auxiliary.shape} and type"
+      f" {auxiliary.dtype}; expected (images, *{expected}) of type uint8."
+    )
+  if len(auxiliary) < 100:
+    raise errors.UserError(
+      f"a prior needs at least 100 auxiliary images, not {len(auxiliary)}."
+    )
+
+
+def _parts(auxiliary: np.ndarray) -> Iterator[np.ndarray]:
+  """The images as float32 from 0 to 255, about a thousand at a time."""
+  for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000)):
+    yield part.astype(np.float32)
+
+
 def fitted(
   shape: tuple[int, int, int], auxiliary: np.ndarray, stationary: bool = False
 ) -> Coordinates:
@@ -135,27 +163,18 @@ def fitted(
     stationary: keeps the cosine transform in any case.
 
   Raises:
-    UserError: too few images, or of another shape or type.
+    UserError: see `check`.
   """
-  expected = tuple(shape)
-  if auxiliary.dtype != np.uint8 or auxiliary.shape[1:] != expected:
-    raise errors.UserError(
-      f"auxiliary images have shape {auxiliary.shape} and type"
-      f" {auxiliary.dtype}; expected (images, *{expected}) of type uint8."
-    )
-  if len(auxiliary) < 100:
-    raise errors.UserError(
-      f"a prior needs at least 100 auxiliary images, not {len(auxiliary)}."
-    )
-  height, width, channels = expected
+  check(shape, auxiliary)
+  height, width, channels = shape
   rows, columns = cosine_matrix(height), cosine_matrix(width)
-  total = np.zeros(expected)
-  for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000)):
-    total += part.astype(np.float32).sum(0)
+  total = np.zeros(shape)
+  for part in _parts(auxiliary):
+    total += part.sum(0)
   mean = (total / len(auxiliary) / 255.0).astype(np.float32)
   covariance = np.zeros((height, width, channels, channels))
-  for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000)):
-    x = part.astype(np.float32) / 255.0 - mean
+  for part in _parts(auxiliary):
+    x = part / 255.0 - mean
     spectrum = np.einsum("fp,bpqc->bfqc", rows, x, optimize=True)
     spectrum = np.einsum("gq,bfqc->bfgc", columns, spectrum, optimize=True)
     covariance += np.einsum(
@@ -183,8 +202,8 @@ def _full(simple: Coordinates, auxiliary: np.ndarray) -> Coordinates:
   mean = np.asarray(simple.to_images(jnp.zeros(simple.shape)))[0]
   white = np.concatenate(
     [
-      np.asarray(simple.from_images(jnp.asarray(part, jnp.float32) / 255))
-      for part in np.array_split(auxiliary, -(-len(auxiliary) // 1000))
+      np.asarray(simple.from_images(jnp.asarray(part) / 255))
+      for part in _parts(auxiliary)
     ]
   ).reshape(len(auxiliary), -1)
   held = np.arange(len(white)) % 10 == 9

@@ -15,7 +15,6 @@ from mpqfl_jax import layers
 from mpqfl_jax.attacks import core, descent, objectives
 from mpqfl_jax.types import Array, Key, Model, PyTree
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
 # Doublings of the side from the input to the image.
 _DOUBLINGS = 3
 
@@ -34,8 +33,7 @@ def generator(model: Model, work: core.Work, width: int) -> descent.Variables:
   """
   height, wide, channels = model.image_shape
   small = [-(-side // 2**_DOUBLINGS) for side in (height, wide)]
-  form = "slices" if jax.default_backend() == "cpu" else "xla"
-  convolve = layers.convolution(form)
+  convolve = layers.convolution(layers.attack_form())
   outputs = [width] * (_DOUBLINGS + 1) + [channels]
 
   def init(key: Key) -> PyTree:
@@ -53,7 +51,7 @@ def generator(model: Model, work: core.Work, width: int) -> descent.Variables:
     h = v["input"]
     for i in range(len(outputs)):
       h = convolve(
-        h, v[f"kernel{i}"], (1, 1), ((1, 1), (1, 1)), dimension_numbers=_NHWC
+        h, v[f"kernel{i}"], (1, 1), "SAME", dimension_numbers=layers.NHWC
       )
       h = h + v[f"bias{i}"]
       if i == len(outputs) - 1:

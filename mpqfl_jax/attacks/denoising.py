@@ -24,7 +24,6 @@ from mpqfl_jax.types import Array, Key, PyTree
 
 # The deviations that it is trained for; pixels lie in [0, 1].
 LEAST, MOST = 0.03, 1.0
-_NHWC = ("NHWC", "HWIO", "NHWC")
 _CHANNELS = 32
 _DEPTH = 4
 _BATCH = 32
@@ -76,8 +75,7 @@ def energy(
   Returns:
     [n] float32.
   """
-  form = "slices" if jax.default_backend() == "cpu" else "xla"
-  convolve = layers.convolution(form)
+  convolve = layers.convolution(layers.attack_form())
   deviation = blur[:, None, None, None]
   square = jnp.square(prior.deviation)
   kept = z * (square / (square + jnp.square(deviation)))
@@ -88,7 +86,7 @@ def energy(
   level = jnp.log(deviation / np.sqrt(LEAST * MOST))
   for i, layer in enumerate(weights):
     h = convolve(
-      h, layer["kernel"], (1, 1), ((1, 1), (1, 1)), dimension_numbers=_NHWC
+      h, layer["kernel"], (1, 1), "SAME", dimension_numbers=layers.NHWC
     )
     h = h * (1 + layer["gain"] * level) + layer["bias"] + layer["move"] * level
     if i < len(weights) - 1:
@@ -126,8 +124,9 @@ def fitted(
     steps: of training.
 
   Raises:
-    UserError: see `coordinates.fitted`.
+    UserError: see `coordinates.check`.
   """
+  coordinates.check(shape, auxiliary)
   # Also where a search that uses it is being compiled.
   with jax.ensure_compile_time_eval():
     return _fitted(shape, auxiliary.tobytes(), steps)

@@ -122,9 +122,9 @@ def maximum_a_posteriori(
   every = iterations // (parts * stages)
   last = parts * stages - 1
 
-  def lowered(first: float, last: float, stage: Array) -> Array:
-    ratio = (last / first) ** (1 / (stages - 1))
-    return first * ratio ** jnp.clip(stage, 0, stages - 1)
+  def lowered(start: float, end: float, stage: Array) -> Array:
+    ratio = (end / start) ** (1 / (stages - 1))
+    return start * ratio ** jnp.clip(stage, 0, stages - 1)
 
   def weights() -> PyTree:
     return denoising.fitted(model.image_shape, auxiliary, training)
