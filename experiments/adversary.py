@@ -45,7 +45,7 @@ def attack_all(
   mean = mean_image(built)
   summaries: dict[str, dict[str, Any]] = {}
   for spec in config.attack:
-    label = attack_label(config, spec)
+    label = attack_label(config.attack, spec)
     for knowledge in config.attack_knowledge:
       scores: dict[str, list[dict[str, Any]]] = {}
       for shape, group in _by_shape(watched):
@@ -184,10 +184,15 @@ def threat(label: str) -> str:
   return "malicious_server" if malicious else "honest_but_curious"
 
 
-def attack_label(config: Config, spec: str) -> str:
-  """An attack's name in result files: short where that tells them apart."""
+def attack_label(everything: Iterable[str], spec: str) -> str:
+  """An attack's name in result files: short where that tells them apart.
+
+  Args:
+    everything: the specifications of all attacks, this one's too.
+    spec: this one's.
+  """
   name = specs.parse(spec)[0]
-  same = [s for s in config.attack if specs.parse(s)[0] == name]
+  same = {s for s in everything if specs.parse(s)[0] == name}
   return name if len(same) == 1 else spec
 
 

@@ -284,6 +284,8 @@ def collect(
   paid: list[dict[str, Any]] = []
   references: dict[str, dict[str, Any]] = {}
   hashes: dict[str, dict[str, str]] = {}
+  # A cell with one attack gives it a short name: here are the others.
+  specs = [spec for cell in cells for spec in cell.config.attack]
   for cell in cells:
     values = cell.config
     found = json.loads((cell.folder / "summary.json").read_text())
@@ -303,6 +305,9 @@ def collect(
         if line.get("reason") is not None:
           unreadable[line["defense"]] = line["reason"]
           continue
+        if len(values.attack) == 1:
+          label = adversary.attack_label(specs, values.attack[0])
+          line = {**line, "attack": label}
         attacks.append({**line, "seed": values.seed, "cell": cell.folder.name})
   twins = [
     {"dataset": name, **{k: v for k, v in both.items() if k}}

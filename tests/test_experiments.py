@@ -755,9 +755,9 @@ def test_attack_images(text, want):
 
 def test_attack_labels_are_short_where_they_can_be():
   values = from_args("--attack=dlg(iterations=3),idlg")
-  assert adversary.attack_label(values, "dlg(iterations=3)") == "dlg"
+  assert adversary.attack_label(values.attack, "dlg(iterations=3)") == "dlg"
   twice = from_args("--attack=dlg(iterations=3),dlg")
-  assert adversary.attack_label(twice, "dlg(iterations=3)") == (
+  assert adversary.attack_label(twice.attack, "dlg(iterations=3)") == (
     "dlg(iterations=3)"
   )
 

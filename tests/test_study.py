@@ -264,6 +264,38 @@ def test_what_the_server_cannot_read_is_no_score(tmp_path):
   assert "it is ciphertext" in html.write(run).read_text()
 
 
+def test_two_settings_of_an_attack_are_two_attacks(tmp_path):
+  """Their cells, which know of one each, both call it by its short name."""
+
+  def stronger(values, data=None):
+    place = pretend(values)
+    lines = (place / "attacks.jsonl").read_text().splitlines()
+    if values.attack == ("dlg(iterations=5)",):
+      moved = [json.loads(line) for line in lines]
+      for line in moved:
+        line["psnr_db"] += 7
+      lines = map(json.dumps, moved)
+    text = "".join(f"{line}\n" for line in lines)
+    (place / "attacks.jsonl").write_text(text)
+    return place
+
+  both = ("dlg(iterations=3)", "dlg(iterations=5)")
+  values = tiny(tmp_path / "s", attack=",".join(both), attack_knowledge="blind")
+  run = study.run(values, stronger)
+  summary = json.loads((run / "summary.json").read_text())
+  found = summary["defenses"]["paper"]["attacks"]
+  weak = -20 * np.log10(0.3)
+  assert [found[spec]["blind"]["psnr_db_median"] for spec in both] == [
+    pytest.approx(weak),
+    pytest.approx(weak + 7),
+  ]
+  top = summary["frontier"][0]["strongest"]
+  assert (top["attack"], top["images"]) == (both[1], 2)
+  html.write(run)
+  wall = run / "figures" / "wall_mnist_sample_blind_0.png"
+  assert wall.stat().st_size > 0
+
+
 def test_settings_stand_side_by_side(pretended):
   text = page.settings_markdown(page.read(pretended))
   head, _, *rows = text.splitlines()

@@ -501,7 +501,13 @@ def _walls(study: Study, folder: pathlib.Path) -> Iterator[figures.Figure]:
         and (a["attack"], a["knowledge"]) == (attack, knowledge)
       ]
       sets = _reconstructions(study.folder, {a["cell"] for a in lines}, looks)
-      sets = [s for s in sets if (s.attack, s.knowledge) == (attack, knowledge)]
+      # A cell with this attack alone gives it a short name.
+      names = (attack, style.family(attack))
+      sets = [
+        s._replace(attack=attack)
+        for s in sets
+        if s.attack in names and s.knowledge == knowledge
+      ]
       run = records.Run(study.folder, study.config, {}, [], lines, sets)
       for number, group in enumerate(grid.groups(sets)):
         drawn = grid.draw(group, looks, grid.settings(run, group))
