@@ -69,7 +69,7 @@ def run(
     seen = [adversary.observe(config, w, "adaptive", y) for w in watched]
     noise = np.array(
       [
-        [np.mean(v) for v in jax.tree.leaves(o.bins.variance)]
+        [_noise(np.asarray(v)) for v in jax.tree.leaves(o.bins.variance)]
         for o in seen
         if o.bins is not None
       ]
@@ -108,6 +108,12 @@ def run(
   if config.guard_bytes is not None:
     result["policy"] = _guard(config, built, model, sent.params, run_dir)
   return {**result, "seconds": time.perf_counter() - begin}
+
+
+def _noise(variance: np.ndarray) -> float:
+  """Of a leaf: where entries were left out, all of it says less."""
+  known = np.isfinite(variance)
+  return np.mean(variance[known]) / np.mean(known) if known.any() else np.inf
 
 
 def check(config: Config, built: setting.Setting) -> None:

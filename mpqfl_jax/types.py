@@ -185,7 +185,8 @@ class Bins(NamedTuple):
     lower, upper: pytrees like the update, float32: the interval that the entry
       lay in for certain; infinite where the payload does not bound it.
     variance: a pytree like the update, float32: the expected squared error of
-      the decoded value.
+      the decoded value, or of the interval's only one; infinite for an entry
+      that the payload says nothing of.
     stochastic: a pytree like the update, of Python bools: whether the leaf was
       rounded at random, so that the likelihood of a value in the interval
       falls off linearly from the decoded value instead of being flat.

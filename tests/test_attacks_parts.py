@@ -8,7 +8,16 @@ import scipy.fft
 import scipy.optimize
 import scipy.stats
 
-from mpqfl_jax import datasets, errors, models, transforms, types
+from mpqfl_jax import (
+  datasets,
+  defenses,
+  errors,
+  models,
+  precision,
+  transforms,
+  trees,
+  types,
+)
 from mpqfl_jax.attacks import (
   coordinates,
   core,
@@ -408,6 +417,125 @@ def test_labels_where_a_defence_withholds_the_bias(batch):
     counts = np.bincount(found, minlength=10)
     right += np.minimum(counts, np.bincount(y, minlength=10)).sum()
   assert right >= 0.85 * 10 * batch
+
+
+def last_layer(features, gradient, error, draws):
+  """An update of the last layer, rounded at random to multiples of `error`."""
+  exact = {
+    "kernel": jnp.outer(features, gradient),
+    "bias": jnp.asarray(gradient),
+  }
+
+  def rounded(x, draw):
+    return jnp.floor(x / error + draw) * error
+
+  update = jax.tree.map(rounded, exact, draws)
+  unknown = jax.tree.map(lambda x: jnp.full_like(x, error), update)
+  bins = types.Bins(
+    trees.subtract(update, unknown),
+    jax.tree.map(jnp.add, update, unknown),
+    jax.tree.map(lambda x: jnp.full_like(x, error**2 / 4), update),
+    jax.tree.map(lambda x: True, update),
+  )
+  return exact, seen(update, bins)
+
+
+LAST = models.Head(("kernel",), ("bias",))
+
+
+def test_what_the_bias_gets_is_measured_by_every_feature():
+  """One bias entry of noise, 500 entries of the kernel to tell the same."""
+  rng = np.random.default_rng(0)
+  gradient = np.array([-0.25, 0.05, -0.1, 0.3], np.float32)
+  apart = []
+  for _ in range(20):
+    draws = {"kernel": rng.uniform(size=(500, 4)), "bias": rng.uniform(size=4)}
+    # Those of noise are smaller and not quite the same.
+    true = rng.uniform(0.5, 1.5, 500).astype(np.float32)
+    of_noise = 0.7 * true * rng.uniform(0.9, 1.1, 500).astype(np.float32)
+    exact, observation = last_layer(true, gradient, 0.3, draws)
+    got = labels.gradients(observation, LAST, jnp.asarray(of_noise))
+    apart.append(got - exact["bias"])
+  error = np.sqrt(np.mean(np.square(apart)))
+  # The kernel gives it up to a factor: 0.3 / 2 / sqrt(500), and the factor is
+  # that of four noisy entries. The bias alone is off by up to 0.3 / 2.
+  assert error < 0.05
+
+
+@pytest.mark.parametrize("alone", ["bias", "kernel"])
+def test_a_leaf_that_is_exact_or_alone_decides(alone):
+  gradient = jnp.array([-0.25, 0.05, -0.1, 0.3])
+  features = jnp.linspace(0.5, 1.5, 50)
+  update = {"kernel": jnp.outer(features, gradient), "bias": gradient}
+  bins = around(update, 0.0)
+  other = {"bias": "kernel", "kernel": "bias"}[alone]
+  infinite = jnp.full_like(update[other], jnp.inf)
+  for field in ("upper", "variance"):
+    getattr(bins, field)[other] = infinite
+  bins.lower[other] = -infinite
+  update[other] = 100 + update[other]  # Nothing is known of it.
+  got = labels.gradients(seen(update, bins), LAST, features)
+  np.testing.assert_allclose(got, gradient, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["int2(rounding=stochastic)", "randomk"])
+def test_label_counts_of_coarse_updates(spec):
+  """Who knows the codec reads the counts; who does not, hardly guesses."""
+  data = datasets.load("mnist_sample", None)
+  model = models.make(
+    "lenet_zhu", data.x_train.shape[1:], 10, data.mean, data.std, "slices"
+  )
+  params = model.init(jax.random.key(0))
+  defense = defenses.make(spec, params)
+  right = {True: 0, False: 0}
+  for i, rows in enumerate(np.arange(80).reshape(10, 8)):
+    x = jnp.asarray(data.x_train[rows] / np.float32(255))
+    y = jnp.asarray(data.y_train[rows], jnp.int32)
+    update = core.simulate(model, params, x[None], y[None], 0.1)
+    payload, _ = defense.codec.encode(
+      jax.random.key(i), update, defense.codec.init(params)
+    )
+    for knows in right:
+      observation = types.Observation(
+        params,
+        defense.codec.decode(payload),
+        defenses.bins(defense, payload) if knows else None,
+        None,
+        jnp.float32(0.1),
+      )
+      found = labels.infer(model, observation, core.Work(1, 8))[0]
+      counts = np.bincount(found, minlength=10)
+      right[knows] += np.minimum(counts, np.bincount(y, minlength=10)).sum()
+  assert right[True] >= 0.8 * 80 and right[True] >= right[False] + 15
+
+
+def test_what_was_not_sent_counts_for_nothing():
+  """Entries left out at random say nothing of the image, a whole leaf's too."""
+  update = two_leaves()
+  codec = precision.make("randomk", update, ratio=0.3)
+  for i in range(200):
+    payload, _ = codec.encode(jax.random.key(i), update, codec.init(update))
+    left_out = jax.tree.map(jnp.isinf, codec.bins(payload).variance)
+    if left_out["b"].all() and not left_out["a"].all():
+      break
+  else:
+    raise AssertionError("none of 200 payloads left a leaf out")
+  observation = seen(codec.decode(payload), codec.bins(payload))
+  moved = jax.tree.map(
+    lambda u, out: jnp.where(out, u + 3.0, u), update, left_out
+  )
+  for name in ("squared", "squared_and_absolute"):
+    objective = objectives.OBJECTIVES[name]
+    assert float(objective(moved, observation)) < 1e-10
+  for smoothing in (1.0, 1e-4):
+
+    def likelihood(u, smoothing=smoothing):
+      return objectives.log_likelihood(u, observation, smoothing)
+
+    assert float(likelihood(moved)) == float(likelihood(update))
+    slope = jax.grad(likelihood)(moved)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    np.testing.assert_array_equal(slope["b"], 0)
 
 
 def test_rounded_counts_are_the_nearest_with_that_sum():

@@ -7,6 +7,7 @@ entry down and nothing else does.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpqfl_jax import errors, models, trees
 from mpqfl_jax.attacks import core
@@ -54,11 +55,15 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   section 3). For more, the number of images of class c in a step is
   batch * (mean probability of c - gradient of c's bias); the probabilities are
   estimated by the model's answer to noise (as in LLG*, Wainakh et al. 2022,
-  section 4.2) and the counts are rounded so that they sum to the number of
-  images, largest remainder first. Where a defence withholds the bias, the
-  columns of the kernel, over the sum of the features that noise has, take its
-  place. Which image belongs to which step is not in
-  the update of several steps: labels go to the steps in ascending order.
+  section 4.2), or half by it and half as equal, which a trained model's are more
+  like, whichever comes nearer to whole numbers. The counts are rounded so that
+  they sum to the number of images, largest remainder first. Which image belongs
+  to which step is not in the update of several steps: labels go to the steps in
+  ascending order.
+
+  A blind adversary takes the bias as it came, or where it was withheld the
+  columns of the kernel over the sum of the features that noise has. One who
+  knows the codec weighs both: see `gradients`.
 
   Args:
     model: the classifier.
@@ -70,23 +75,29 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
       no bias in it.
   """
   classes, images = model.num_classes, work.images
+  params = observation.params
   score = scores(observation.update, classes)
-  if images == 1:
+  if images == 1 and observation.bins is None:
     return jnp.argmin(score).astype(jnp.int32).reshape(1, 1)
-  check(observation.params, model, images)
+  check(params, model, images)
   noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
   noise = noise * model.std + model.mean
-  mean = jnp.mean(jax.nn.softmax(model.apply(observation.params, noise)), 0)
-  paths = models.head(observation.params, classes)
-  assert paths.bias is not None  # checked above
-  shown = jnp.any(trees.get(observation.update, paths.bias) != 0)
-  per_bias = jnp.where(
-    shown, 1.0, _features(model, observation.params, noise, paths.kernel)
-  )
-  gradient = score / (
-    per_bias * observation.learning_rate * work.steps * work.epochs
-  )
-  counts = round_counts(images * (mean - gradient), images)
+  paths = models.head(params, classes)
+  features = _features(model, params, noise, paths.kernel)
+  way = observation.learning_rate * work.steps * work.epochs
+  if observation.bins is None:
+    assert paths.bias is not None  # checked above
+    shown = jnp.any(trees.get(observation.update, paths.bias) != 0)
+    gradient = score / (jnp.where(shown, 1.0, jnp.sum(features)) * way)
+  else:
+    gradient = gradients(observation, paths, features) / way
+  if images == 1:
+    return jnp.argmin(gradient).astype(jnp.int32).reshape(1, 1)
+  mean = jnp.mean(jax.nn.softmax(model.apply(params, noise)), 0)
+  guesses = jnp.stack([mean, (mean + 1 / classes) / 2])
+  expected = images * (guesses - gradient)
+  whole = jax.vmap(lambda e: round_counts(e, images))(expected)
+  counts = whole[jnp.argmin(jnp.sum(jnp.square(expected - whole), 1))]
   labels = jnp.repeat(
     jnp.arange(classes, dtype=jnp.int32), counts, total_repeat_length=images
   )
@@ -94,14 +105,100 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
 
 
 def _features(model: Model, params: Params, x: Array, kernel: tuple) -> Array:
-  """Sum of the last layer's inputs, [], mean over images."""
-  # It is the gradient of a logit.
+  """The last layer's inputs, [features], mean over images."""
+  # They are the gradient of a logit.
 
   def logit(weights):
     moved = trees.replace(params, kernel, weights)
     return jnp.mean(model.apply(moved, x)[:, 0])
 
-  return jnp.sum(jax.grad(logit)(trees.get(params, kernel))[:, 0])
+  return jax.grad(logit)(trees.get(params, kernel))[:, 0]
+
+
+# How far the features of images are from those of noise, and how wrong a
+# gradient is that was read off the kernel alone, of their own size.
+_APART = 0.3
+_WRONG = 0.15
+# Errors of entries that were rounded alike add up where they are as alike.
+_ALIKE = 0.2
+_TURNS = 5
+
+
+def gradients(
+  observation: Observation, paths: models.Head, features: Array
+) -> Array:
+  """What the update does to the last bias, [classes] float32.
+
+  An update's last kernel is, image by image, features times what the bias gets,
+  so that each of its entries measures the bias, too: coarse codes that were
+  rounded at random average out over hundreds of features. Features and bias are
+  estimated in turns, each entry of both leaves weighed by what the payload says
+  of it. The features are near those of noise, up to a factor that the two
+  leaves share.
+
+  Args:
+    observation: with `bins`.
+    paths: of the last layer.
+    features: [features], what noise gives.
+  """
+  assert observation.bins is not None
+
+  def known(path):
+    lower = trees.get(observation.bins.lower, path)
+    upper = trees.get(observation.bins.upper, path)
+    variance = trees.get(observation.bins.variance, path)
+    value = trees.get(observation.update, path)
+    value = jnp.where(lower == upper, lower, value)
+    seen = jnp.isfinite(variance)
+    apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
+    apart |= trees.get(observation.bins.stochastic, path)
+    zero = jnp.float32(0)
+    return (
+      jnp.where(seen, value, zero),
+      jnp.where(seen, variance, zero),
+      seen,
+      apart,
+    )
+
+  kernel, variance, seen, apart = known(paths.kernel)
+  size = jnp.sum(jnp.square(kernel), 0) / jnp.maximum(jnp.sum(seen, 0), 1)
+  # Rounding to the nearest makes errors that are alike unless the values are
+  # spread over steps: by the factor by which a Gaussian of that spread damps a
+  # sawtooth, squared.
+  spread = jnp.square(_APART) * size
+  damped = jnp.exp(-(np.pi**2) * spread / (3 * variance + 1e-30))
+  alike = jnp.where(apart | (variance == 0), 0.0, damped)
+  level = jnp.mean(jnp.square(features))
+  typical = jnp.mean(size) / level
+  variance *= 1 + alike * len(features)
+  variance += _WRONG * jnp.square(_APART) * level * typical + 1e-30
+  weight = jnp.where(seen & (alike < _ALIKE), 1 / variance, 0.0)
+  if paths.bias is None:
+    bias = error = jnp.zeros(kernel.shape[1])
+    shown = jnp.zeros(kernel.shape[1], bool)
+  else:
+    bias, error, shown, _ = known(paths.bias)
+
+  def turn(h: Array, near: Array) -> tuple[Array, Array, Array]:
+    precision = weight.T @ jnp.square(h)
+    read = (weight * kernel).T @ h / (precision + 1e-6 / typical)
+    doubt = 1 / jnp.maximum(precision, 1e-30)
+    trust = shown / (error + doubt + _WRONG * typical / 3)
+    factor = (trust @ (read * bias) + 4) / (trust @ jnp.square(read) + 4)
+    return near / factor, read * factor, doubt * jnp.square(factor)
+
+  h = near = features
+  for _ in range(_TURNS):
+    near, read, doubt = turn(h, near)
+    doubt += jnp.square(_WRONG) * jnp.maximum(jnp.square(read), typical / 10)
+    share = shown * doubt / (doubt + error + 1e-30)
+    gradient = share * bias + (1 - share) * read
+    # The features again, given what the bias gets.
+    least = 1 / (jnp.square(_APART) * level)
+    h = (near * least + (weight * kernel) @ gradient) / (
+      least + weight @ jnp.square(gradient)
+    )
+  return gradient
 
 
 def round_counts(expected: Array, total: int) -> Array:
