@@ -55,11 +55,11 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   section 3). For more, the number of images of class c in a step is
   batch * (mean probability of c - gradient of c's bias); the probabilities are
   estimated by the model's answer to noise (as in LLG*, Wainakh et al. 2022,
-  section 4.2), or half by it and half as equal, which a trained model's are more
-  like, whichever comes nearer to whole numbers. The counts are rounded so that
-  they sum to the number of images, largest remainder first. Which image belongs
-  to which step is not in the update of several steps: labels go to the steps in
-  ascending order.
+  section 4.2), or half by it and half as equal, which a trained model's are
+  more like, whichever comes nearer to whole numbers. The counts are rounded so
+  that they sum to the number of images, largest remainder first. Which image
+  belongs to which step is not in the update of several steps: labels go to the
+  steps in ascending order.
 
   A blind adversary takes the bias as it came, or where it was withheld the
   columns of the kernel over the sum of the features that noise has. One who
@@ -141,17 +141,17 @@ def gradients(
     paths: of the last layer.
     features: [features], what noise gives.
   """
-  assert observation.bins is not None
+  bins = observation.bins
+  assert bins is not None
 
   def known(path):
-    lower = trees.get(observation.bins.lower, path)
-    upper = trees.get(observation.bins.upper, path)
-    variance = trees.get(observation.bins.variance, path)
+    lower, upper = trees.get(bins.lower, path), trees.get(bins.upper, path)
+    variance = trees.get(bins.variance, path)
     value = trees.get(observation.update, path)
     value = jnp.where(lower == upper, lower, value)
     seen = jnp.isfinite(variance)
     apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
-    apart |= trees.get(observation.bins.stochastic, path)
+    apart |= trees.get(bins.stochastic, path)
     zero = jnp.float32(0)
     return (
       jnp.where(seen, value, zero),
