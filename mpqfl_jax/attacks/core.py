@@ -144,6 +144,22 @@ class Direct(NamedTuple):
 AnyAttack = Attack | Direct
 
 
+def told(observation: Observation) -> Update:
+  """The update as the payload tells it, a pytree like `params`.
+
+  What is decoded, or the value that an entry had for certain: entries that were
+  sent at random are decoded larger than they are, for those that were not.
+  """
+  if observation.bins is None:
+    return observation.update
+  return jax.tree.map(
+    lambda v, low, high: jnp.where(low == high, low, v),
+    observation.update,
+    observation.bins.lower,
+    observation.bins.upper,
+  )
+
+
 def simulate(
   model: Model,
   params: Params,

@@ -143,12 +143,12 @@ def gradients(
   """
   bins = observation.bins
   assert bins is not None
+  update = core.told(observation)
 
   def known(path):
     lower, upper = trees.get(bins.lower, path), trees.get(bins.upper, path)
     variance = trees.get(bins.variance, path)
-    value = trees.get(observation.update, path)
-    value = jnp.where(lower == upper, lower, value)
+    value = trees.get(update, path)
     seen = jnp.isfinite(variance)
     apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
     apart |= trees.get(bins.stochastic, path)

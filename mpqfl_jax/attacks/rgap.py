@@ -351,16 +351,19 @@ def invert(
   # Least squares have no meaning for what is not a number.
   update = jax.tree.map(
     lambda a: np.nan_to_num(np.asarray(a, np.float64)) / rate,
-    observation.update,
+    core.told(observation),
   )
 
   def noise_of(name: str) -> float:
     level = noise * _rms(update[name]["kernel"])
     if observation.bins is not None:
       variance = np.asarray(observation.bins.variance[name]["kernel"])
-      known = variance[np.isfinite(variance)]
-      if known.size:
-        level = math.hypot(level, math.sqrt(known.mean()) / rate)
+      known = np.isfinite(variance)
+      if known.any():
+        # What was left out counts as zero: off by what the others measure.
+        typical = np.mean(np.square(rate * update[name]["kernel"][known]))
+        error = np.mean(np.where(known, variance, typical))
+        level = math.hypot(level, math.sqrt(error) / rate)
     return level + 1e-30
 
   kernels, offsets, matrices = [], [], []
