@@ -20,7 +20,7 @@ _ROWS = 14
 # The rest in pixels of the PNG, which is shown at half size.
 _CELL = 152
 _GAP = 20
-_LEFT = 290
+_LETTER = 15
 _TEXT = 62
 _MARGIN = 24
 _DOT = " · "
@@ -139,7 +139,12 @@ class Layout(NamedTuple):
 
 
 def layout(
-  entries: int, images: int, height: int, width: int, heading: int
+  entries: int,
+  images: int,
+  height: int,
+  width: int,
+  heading: int,
+  letters: int,
 ) -> Layout:
   """Lays a grid out.
 
@@ -148,6 +153,7 @@ def layout(
     images: in each.
     height, width: of an image, in its own pixels.
     heading: height of what stands above the grid.
+    letters: of the longest line beside it.
   """
   turned = images <= _FEW and entries <= _COLUMNS
   factor = max(1, _CELL // max(height, width))
@@ -155,7 +161,8 @@ def layout(
   if turned:
     pitch_x, left, top = max(cell_w + _GAP, 200), 136, heading + 92
   else:
-    pitch_x, left, top = max(cell_w, 120) + _GAP, _LEFT, heading + 46
+    pitch_x, top = max(cell_w, 120) + _GAP, heading + 46
+    left = _MARGIN + 32 + _LETTER * max(letters, 10) + _GAP
   return Layout(
     turned, cell_w, cell_h, pitch_x, cell_h + _TEXT + _GAP, left, top
   )
@@ -177,11 +184,22 @@ def draw(
   total, height, width, _ = first.original.shape
   count = min(total, _COLUMNS)
   columns = len(group) + 1 if count <= _FEW else count
-  probe = layout(len(group), count, height, width, 0)
+  looks = [
+    known.get(s.defense) or style.Style(s.defense, style.INK, "o")
+    for s in group
+  ]
+  several = len({s.knowledge for s in group}) > 1
+  names = [
+    style.wrapped(look.label) + f"\n{s.knowledge}" * several
+    for s, look in zip(group, looks, strict=True)
+  ]
+  letters = max(len(line) for name in names for line in name.split("\n"))
+  shape = (len(group), count, height, width)
+  probe = layout(*shape, 0, letters)
   full_w = max(probe.left + columns * probe.pitch_x + _MARGIN, 900)
   heading = _wrap(setting, int((full_w - 2 * _MARGIN) / 14.2))
   above = _MARGIN + 48 + 32 * len(heading)
-  plan = layout(len(group), count, height, width, above)
+  plan = layout(*shape, above, letters)
   rows = count if plan.turned else len(group) + 1
   full_h = plan.top + rows * plan.pitch_y + 6
 
@@ -254,12 +272,11 @@ def draw(
     else:
       write(x, y - 30, label, 8, color=style.MUTED)
 
-  several = len({s.knowledge for s in group}) > 1
   said = []
-  for entry, s in enumerate(group, 1):
-    look = known.get(s.defense) or style.Style(s.defense, style.INK, "o")
-    name = style.wrapped(look.label)
-    name_entry(entry, name + f"\n{s.knowledge}" * several, look)
+  for entry, (s, look, name) in enumerate(
+    zip(group, looks, names, strict=True), 1
+  ):
+    name_entry(entry, name, look)
     psnr = metrics.psnr_db(s.original[:count], s.reconstruction[:count])
     ssim = metrics.ssim(s.original[:count], s.reconstruction[:count])
     for i in range(count):
