@@ -478,6 +478,14 @@ def test_a_leaf_that_is_exact_or_alone_decides(alone):
   np.testing.assert_allclose(got, gradient, rtol=1e-3)
 
 
+def test_dead_features_leave_the_bias():
+  gradient = jnp.array([-0.25, 0.05, -0.1, 0.3])
+  update = {"kernel": jnp.zeros((50, 4)), "bias": gradient}
+  observation = seen(update, around(update, 0.01))
+  got = labels.gradients(observation, LAST, jnp.zeros(50))
+  np.testing.assert_allclose(got, gradient, rtol=1e-3)
+
+
 @pytest.mark.parametrize("spec", ["int2(rounding=stochastic)", "randomk"])
 def test_label_counts_of_coarse_updates(spec):
   """Who knows the codec reads the counts; who does not, hardly guesses."""

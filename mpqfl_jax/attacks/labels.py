@@ -168,7 +168,7 @@ def gradients(
   spread = jnp.square(_APART) * size
   damped = jnp.exp(-(np.pi**2) * spread / (3 * variance + 1e-30))
   alike = jnp.where(apart | (variance == 0), 0.0, damped)
-  level = jnp.mean(jnp.square(features))
+  level = jnp.mean(jnp.square(features)) + 1e-30
   typical = jnp.mean(size) / level
   variance *= 1 + alike * len(features)
   variance += _WRONG * jnp.square(_APART) * level * typical + 1e-30
