@@ -342,7 +342,15 @@ def without_drift(
   lower, upper = jax.tree.transpose(
     jax.tree.structure(known), jax.tree.structure((0, 0)), ends
   )
-  return update, Bins(lower, upper, bins.variance[0], bins.stochastic[0])
+
+  def error(low, high, first, second):
+    either = jnp.where(jnp.isfinite(first), first, way**2 * second)
+    return jnp.where(low == high, 0.0, either)
+
+  variance = jax.tree.map(
+    error, lower, upper, bins.variance[0], bins.variance[1]
+  )
+  return update, Bins(lower, upper, variance, bins.stochastic[0])
 
 
 def _channel(w: observations.Watched):

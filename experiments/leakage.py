@@ -67,13 +67,12 @@ def run(
   entries = {}
   for spec, (watched, lengths) in by_defense.items():
     seen = [adversary.observe(config, w, "adaptive", y) for w in watched]
-    noise = np.array(
-      [
-        [_noise(np.asarray(v)) for v in jax.tree.leaves(o.bins.variance)]
-        for o in seen
-        if o.bins is not None
-      ]
-    )
+    known = [
+      [_known(np.asarray(v)) for v in jax.tree.leaves(o.bins.variance)]
+      for o in seen
+      if o.bins is not None
+    ]
+    noise, sent_share = np.moveaxis(np.array(known), -1, 0)
     # An update that was scaled down before noise came to it shows as much as a
     # whole one under more noise.
     shares = [
@@ -82,7 +81,7 @@ def run(
       if o.clips is not None
     ]
     noise /= np.square(shares)[:, None]
-    psnr = leakage.expected_psnr_db(sensitivities, noise)
+    psnr = leakage.expected_psnr_db(sensitivities, noise, sent_share)
     for w, value in zip(watched, psnr, strict=True):
       line = {
         "defense": spec,
@@ -110,10 +109,10 @@ def run(
   return {**result, "seconds": time.perf_counter() - begin}
 
 
-def _noise(variance: np.ndarray) -> float:
-  """Of a leaf: where entries were left out, all of it says less."""
-  known = np.isfinite(variance)
-  return np.mean(variance[known]) / np.mean(known) if known.any() else np.inf
+def _known(variance: np.ndarray) -> tuple[float, float]:
+  """Of a leaf: mean squared error of what was sent, and how much that is."""
+  sent = np.isfinite(variance)
+  return (variance[sent].mean() if sent.any() else np.inf), sent.mean()
 
 
 def check(config: Config, built: setting.Setting) -> None:

@@ -486,7 +486,9 @@ def test_dead_features_leave_the_bias():
   np.testing.assert_allclose(got, gradient, rtol=1e-3)
 
 
-@pytest.mark.parametrize("spec", ["int2(rounding=stochastic)", "randomk"])
+@pytest.mark.parametrize(
+  "spec", ["int2(rounding=stochastic)", "int2(rounding=dither)", "randomk"]
+)
 def test_label_counts_of_coarse_updates(spec):
   """Who knows the codec reads the counts; who does not, hardly guesses."""
   data = datasets.load("mnist_sample", None)
@@ -529,6 +531,17 @@ def test_what_was_not_sent_counts_for_nothing():
   else:
     raise AssertionError("none of 200 payloads left a leaf out")
   observation = seen(codec.decode(payload), codec.bins(payload))
+  # What was sent is decoded larger, but known as it was.
+  for told, u, out in zip(
+    *map(jax.tree.leaves, (core.told(observation), update, left_out)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(told, jnp.where(out, 0.0, u))
+  for w, out in zip(
+    *map(jax.tree.leaves, (objectives.weights(observation), left_out)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(w == 0, out)
   moved = jax.tree.map(
     lambda u, out: jnp.where(out, u + 3.0, u), update, left_out
   )
@@ -589,6 +602,12 @@ def test_predicted_leakage_of_a_linear_model_is_the_closed_form():
   want = -10 * np.log10(posterior.mean())
   got = leakage.expected_psnr_db(found, noise)
   np.testing.assert_allclose(got, want, atol=0.02)
+  # Half of the entries say as much as all with twice the squared error.
+  np.testing.assert_allclose(
+    leakage.expected_psnr_db(found, noise, np.full((2, 2), 0.5)),
+    leakage.expected_psnr_db(found, 2 * noise),
+    atol=1e-3,
+  )
   # A leaf that is not sent says nothing: only the prior is left.
   none = leakage.expected_psnr_db(found, np.full((2, 2), np.inf))
   np.testing.assert_allclose(none, -10 * np.log10(variance.mean()), atol=1e-3)

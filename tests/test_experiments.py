@@ -6,10 +6,12 @@ import logging
 import re
 import subprocess
 import sys
+import types
 
 from absl import flags
 from absl.testing import flagsaver
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +23,16 @@ from experiments import (
   observations,
   setting,
 )
-from mpqfl_jax import attacks, federated, local, metrics, models, trees
+from mpqfl_jax import (
+  attacks,
+  federated,
+  local,
+  metrics,
+  models,
+  precision,
+  trees,
+)
+from mpqfl_jax.types import Bins
 
 SMALL = (
   "--model=mlp",
@@ -285,6 +296,29 @@ def test_a_run_compiles_the_round_once(tmp_path, monkeypatch):
   # Evaluation and checkpoint come first in round 2; the report is last.
   late = [entry for entry in compiled if 2 <= entry[0] < 7]
   assert late == []
+
+
+def test_an_entry_in_either_of_scaffolds_messages_is_known():
+  update = {"a": jnp.arange(1.0, 41.0)}
+  codec = precision.make("randomk", update, ratio=0.5)
+  payloads = [
+    codec.encode(jax.random.key(i), update, codec.init(update))[0]
+    for i in range(2)
+  ]
+  # After one step of size 1 from variates of zero both messages are the update.
+  zeros = jax.tree.map(jnp.zeros_like, update)
+  watched = types.SimpleNamespace(
+    variates=(zeros, zeros),
+    shape=types.SimpleNamespace(steps=1, epochs=1),
+    learning_rate=1.0,
+  )
+  both = Bins(*zip(*map(codec.bins, payloads), strict=True))
+  pair = tuple(map(codec.decode, payloads))
+  _, bins = adversary.without_drift(watched, pair, both)
+  sent = np.any([~np.isinf(codec.bins(p).variance["a"]) for p in payloads], 0)
+  assert 20 < sent.sum() < 40
+  np.testing.assert_array_equal(bins.variance["a"], np.where(sent, 0, np.inf))
+  np.testing.assert_array_equal(bins.lower["a"][sent], update["a"][sent])
 
 
 def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):

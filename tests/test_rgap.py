@@ -246,6 +246,26 @@ def test_an_adversary_who_knows_the_codec_weighs_its_error():
   assert np.median(better) > 1
 
 
+@pytest.mark.parametrize("left_out", ["bias", "kernel"])
+def test_a_leaf_that_was_not_sent_is_not_taken_for_zero(left_out):
+  mean, std = np.full(2, 0.5, np.float32), np.full(2, 0.3, np.float32)
+  model = models.make("mlp", (6, 6, 2), 5, mean, std, "slices")
+  params = model.init(jax.random.key(1))
+  x = np.random.default_rng(0).uniform(size=(6, 6, 2)).astype(np.float32)
+  seen = observed(model, params, x, 3, codec=precision.make("none", params))
+  last = models.head(params).kernel[0]
+  sent = jax.tree.map(jnp.zeros_like, seen.update[last][left_out])
+  seen.update[last][left_out] = sent
+  for field, value in (("lower", -1), ("upper", 1), ("variance", 1)):
+    getattr(seen.bins, field)[last][left_out] = value * jnp.inf + sent
+  for observation in (seen, seen._replace(bins=None)):
+    image, label = rgap.invert(model, observation, 1e-7)
+    assert np.isfinite(image).all()
+    if left_out == "bias":
+      assert label == 3
+      assert metrics.psnr_db(x[None], image[None]) > 20
+
+
 def test_what_cannot_be_inverted_is_refused():
   def check(name, shape=(8, 8, 3)):
     zero, one = np.zeros(3, np.float32), np.ones(3, np.float32)

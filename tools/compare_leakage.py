@@ -14,6 +14,7 @@ import statistics
 import sys
 
 from benchmarks import page
+from mpqfl_jax import specs
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
 
@@ -22,6 +23,8 @@ def reached(
   study: pathlib.Path, images: dict[str, set[str]]
 ) -> dict[tuple[str, str], float]:
   """(data set, defence) -> median PSNR of `map` that knows the defence, dB.
+
+  With its Gaussian prior, which is the one that the prediction is made for.
 
   Args:
     study: its folder.
@@ -35,9 +38,11 @@ def reached(
   )
   found: dict[tuple[str, str], list[float]] = {}
   for line in map(json.loads, text.splitlines()):
-    who = (line["attack"], line["knowledge"], line["weights"])
+    name, options = specs.parse(line["attack"])
+    who = (name, line["knowledge"], line["weights"])
     mine = line["image"] in images.get(line["dataset"], ())
-    if mine and who == ("map", "adaptive", "initial"):
+    gaussian = options.get("prior", "gaussian") == "gaussian"
+    if mine and gaussian and who == ("map", "adaptive", "initial"):
       key = line["dataset"], line["defense"]
       found.setdefault(key, []).append(line["psnr_db"])
   return {key: statistics.median(values) for key, values in found.items()}

@@ -150,24 +150,29 @@ def gradients(
     variance = trees.get(bins.variance, path)
     value = trees.get(update, path)
     seen = jnp.isfinite(variance)
-    apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
-    apart |= trees.get(bins.stochastic, path)
-    zero = jnp.float32(0)
-    return (
-      jnp.where(seen, value, zero),
-      jnp.where(seen, variance, zero),
-      seen,
-      apart,
+    value, variance = (jnp.where(seen, a, 0.0) for a in (value, variance))
+    # Nearest codes lie on one grid, dithered ones are shifted at random.
+    width = upper - lower
+    on = jnp.isfinite(width) & (width > 0)
+    turned = 2 * np.pi * jnp.where(on, lower / jnp.where(on, width, 1.0), 0.0)
+    count = jnp.sum(on, 0)
+    along, across = (
+      jnp.sum(on * jnp.cos(turned), 0),
+      jnp.sum(jnp.sin(turned), 0),
     )
+    grid = (jnp.square(along) + jnp.square(across)) / jnp.maximum(count, 1) ** 2
+    apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
+    apart |= trees.get(bins.stochastic, path) | (width == 0)
+    alike = jnp.where(apart, 0.0, jnp.where(count > 0, grid, 1.0))
+    return value, variance, seen, alike
 
-  kernel, variance, seen, apart = known(paths.kernel)
+  kernel, variance, seen, alike = known(paths.kernel)
   size = jnp.sum(jnp.square(kernel), 0) / jnp.maximum(jnp.sum(seen, 0), 1)
   # Rounding to the nearest makes errors that are alike unless the values are
   # spread over steps: by the factor by which a Gaussian of that spread damps a
   # sawtooth, squared.
   spread = jnp.square(_APART) * size
-  damped = jnp.exp(-(np.pi**2) * spread / (3 * variance + 1e-30))
-  alike = jnp.where(apart | (variance == 0), 0.0, damped)
+  alike *= jnp.exp(-(np.pi**2) * spread / (3 * variance + 1e-30))
   level = jnp.mean(jnp.square(features)) + 1e-30
   typical = jnp.mean(size) / level
   variance *= 1 + alike * len(features)

@@ -126,7 +126,9 @@ def sensitivity(
 
 
 def expected_psnr_db(
-  sensitivities: Sequence[Sensitivity], noise: np.ndarray
+  sensitivities: Sequence[Sensitivity],
+  noise: np.ndarray,
+  share: np.ndarray | float = 1.0,
 ) -> np.ndarray:
   """PSNR that the maximum a posteriori attack is expected to reach.
 
@@ -139,14 +141,17 @@ def expected_psnr_db(
     noise: [images, leaves] float, mean squared error of each leaf's decoded
       entries (as `Bins.variance`, averaged); infinite for a leaf that is not
       sent.
+    share: [images, leaves] float, how much of each leaf was sent, entries
+      chosen at random; what the others say is taken to be as much as these do.
 
   Returns:
     [images] float64, dB.
   """
   result = []
-  for image, variance in zip(sensitivities, noise, strict=True):
+  shares = np.broadcast_to(np.float64(share), np.shape(noise))
+  for image, variance, sent in zip(sensitivities, noise, shares, strict=True):
     floor = _RESOLUTION**2 * image.signal + 1e-30
-    weight = 1.0 / (np.asarray(variance, np.float64) + floor)
+    weight = sent / (np.asarray(variance, np.float64) + floor)
     precision = np.tensordot(weight, image.grams, 1)
     precision[np.diag_indices_from(precision)] += 1.0
     factor, info = scipy.linalg.lapack.dpotrf(precision, lower=1)

@@ -35,6 +35,8 @@ from mpqfl_jax.types import Array, Layer, Model, Observation, Params
 
 # Share of the prior's deviation below which the gradient constraints alone are
 # taken to determine a layer's input.
+# Deviation of a gradient that was not sent, far above that of any.
+_NOTHING = 1e10
 _DETERMINED = 1e-3
 # Random probes of the trace of an inverse (Hutchinson 1990), and noise images
 # that the prior is estimated from.
@@ -258,11 +260,12 @@ def _last_layer(
     best = grid[np.argmin([mismatch(g) for g in grid])]
     found = scipy.optimize.minimize_scalar(
       mismatch,
-      bracket=(best - 0.05, best, best + 0.05),
-      options={"xtol": 1e-14},
+      bounds=(best - 0.05, best + 0.05),
+      method="bounded",
+      options={"xatol": 1e-14},
     )
     delta = direction / (least * (1 + np.exp(found.x)))
-  square = delta @ delta
+  square = max(delta @ delta, 1e-200)
   x = gradient @ delta / square
   return _Estimate(x, noise / math.sqrt(square)), delta, label
 
@@ -364,7 +367,19 @@ def invert(
         typical = np.mean(np.square(rate * update[name]["kernel"][known]))
         error = np.mean(np.where(known, variance, typical))
         level = math.hypot(level, math.sqrt(error) / rate)
+      else:
+        level = _NOTHING
     return level + 1e-30
+
+  def bias_of(name: str) -> np.ndarray | None:
+    """Of the update; None where it, or some of it, was not sent."""
+    found = update[name].get("bias")
+    if found is None or not np.any(found):
+      return None
+    if observation.bins is None:
+      return found
+    variance = np.asarray(observation.bins.variance[name]["bias"])
+    return found if np.isfinite(variance).all() else None
 
   kernels, offsets, matrices = [], [], []
   for g in geometries:
@@ -389,7 +404,7 @@ def invert(
   last = geometries[-1].layer.name
   estimate, delta, label = _last_layer(
     update[last]["kernel"],
-    update[last].get("bias"),
+    bias_of(last),
     params[last]["kernel"],
     offsets[-1],
     noise_of(last),
@@ -405,7 +420,8 @@ def invert(
     delta = slope * back
     if g.size == g.shape[0] == g.shape[1] == 1:
       # One position: the gradient of the bias is that of the output.
-      delta = update[g.layer.name].get("bias", delta)
+      shown = bias_of(g.layer.name)
+      delta = delta if shown is None else shown
     gradient = update[g.layer.name]["kernel"].reshape(
       g.size * g.size, g.shape[2], g.out[2]
     )

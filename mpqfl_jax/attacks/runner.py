@@ -294,6 +294,7 @@ def run(
   attack.check(jax.tree.map(lambda a: a[0], host))
   if isinstance(attack, core.Direct):
     return _ask(attack, host, key, restarts, channel, progress)
+  host = host._replace(update=jax.device_get(core.told(host)))
   n = jax.tree.leaves(host.update)[0].shape[0]
   total = n * restarts
   lanes_count = min(len(devices) * width, total)

@@ -491,10 +491,10 @@ def _differ_in(a: tuple, b: tuple) -> set[int]:
 
 
 def _tried(results: Results, dataset: str) -> list[str]:
-  """Families of the adaptive attacks on undefended or other updates."""
+  """Names of the adaptive attacks on undefended or other updates."""
   return list(
     dict.fromkeys(
-      style.family(a["attack"])
+      a["attack"]
       for a in results.attacks
       if a["dataset"] == dataset and a["knowledge"] == "adaptive"
     )

@@ -130,7 +130,7 @@ def lines(
     results: of the study.
     dataset, defense: names.
     knowledge: None for any.
-    attacks: families of attacks (`dlg`), None for any.
+    attacks: names or families of attacks (`dlg`), None for any.
     where: a `setting`, or which lines are of it; the base setting where None.
   """
   where = where or base_setting(results, dataset)
@@ -143,7 +143,7 @@ def lines(
     and line["defense"] == defense
     and of(line)
     and knowledge in (None, line["knowledge"])
-    and (kept is None or style.family(line["attack"]) in kept)
+    and (kept is None or kept & {line["attack"], style.family(line["attack"])})
   ]
 
 
