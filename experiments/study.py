@@ -285,7 +285,7 @@ def collect(
   references: dict[str, dict[str, Any]] = {}
   hashes: dict[str, dict[str, str]] = {}
   # A cell with one attack gives it a short name: here are the others.
-  specs = [spec for cell in cells for spec in cell.config.attack]
+  specs = {spec for cell in cells for spec in cell.config.attack}
   for cell in cells:
     values = cell.config
     found = json.loads((cell.folder / "summary.json").read_text())
@@ -300,15 +300,16 @@ def collect(
       key = "unwatched" if cell.twin else "watched" if values.attack else ""
       hashes.setdefault(values.dataset, {})[key] = sha
     path = cell.folder / "attacks.jsonl"
+    named = {}
+    if len(values.attack) == 1:
+      named["attack"] = adversary.attack_label(specs, values.attack[0])
     if path.is_file():
       for line in folder.read_lines(path):
         if line.get("reason") is not None:
           unreadable[line["defense"]] = line["reason"]
           continue
-        if len(values.attack) == 1:
-          label = adversary.attack_label(specs, values.attack[0])
-          line = {**line, "attack": label}
-        attacks.append({**line, "seed": values.seed, "cell": cell.folder.name})
+        where = {"seed": values.seed, "cell": cell.folder.name}
+        attacks.append({**line, **named, **where})
   twins = [
     {"dataset": name, **{k: v for k, v in both.items() if k}}
     for name, both in hashes.items()

@@ -15,6 +15,7 @@ import sys
 
 from benchmarks import page
 from mpqfl_jax import specs
+from mpqfl_jax.report import tables
 
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
 
@@ -63,7 +64,7 @@ def markdown(study: pathlib.Path, runs: list[pathlib.Path]) -> str:
   ]
   rows = [head, [":--", *["--:"] * len(predicted)]]
   rows += _rows(attacked, predicted)
-  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+  return tables.joined(rows)
 
 
 def _rows(attacked, predicted) -> Iterator[list[str]]:

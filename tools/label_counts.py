@@ -13,6 +13,7 @@ import statistics
 import sys
 
 from benchmarks import page
+from mpqfl_jax.report import tables
 
 KNOWLEDGE = ("blind", "adaptive")
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "attacks.md"
@@ -46,7 +47,7 @@ def markdown(runs: list[pathlib.Path]) -> str:
       for each in found
     ]
     rows.append([spec, *cells])
-  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+  return tables.joined(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpqfl_jax import errors, models, trees
 from mpqfl_jax.attacks import core
-from mpqfl_jax.types import Array, Model, Observation, Params, Update
+from mpqfl_jax.types import Array, Bins, Model, Observation, Params, Update
 
 
 def scores(update: Update, classes: int) -> Array:
@@ -76,8 +76,8 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   """
   classes, images = model.num_classes, work.images
   params = observation.params
-  score = scores(observation.update, classes)
   if images == 1 and observation.bins is None:
+    score = scores(observation.update, classes)
     return jnp.argmin(score).astype(jnp.int32).reshape(1, 1)
   check(params, model, images)
   noise = jax.random.normal(jax.random.key(0), (64, *model.image_shape))
@@ -87,6 +87,7 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   way = observation.learning_rate * work.steps * work.epochs
   if observation.bins is None:
     assert paths.bias is not None  # checked above
+    score = scores(observation.update, classes)
     shown = jnp.any(trees.get(observation.update, paths.bias) != 0)
     gradient = score / (jnp.where(shown, 1.0, jnp.sum(features)) * way)
   else:
@@ -146,27 +147,15 @@ def gradients(
   update = core.told(observation)
 
   def known(path):
-    lower, upper = trees.get(bins.lower, path), trees.get(bins.upper, path)
     variance = trees.get(bins.variance, path)
-    value = trees.get(update, path)
     seen = jnp.isfinite(variance)
-    value, variance = (jnp.where(seen, a, 0.0) for a in (value, variance))
-    # Nearest codes lie on one grid, dithered ones are shifted at random.
-    width = upper - lower
-    on = jnp.isfinite(width) & (width > 0)
-    turned = 2 * np.pi * jnp.where(on, lower / jnp.where(on, width, 1.0), 0.0)
-    count = jnp.sum(on, 0)
-    along, across = (
-      jnp.sum(on * jnp.cos(turned), 0),
-      jnp.sum(jnp.sin(turned), 0),
+    kept = (
+      jnp.where(seen, a, 0.0) for a in (trees.get(update, path), variance)
     )
-    grid = (jnp.square(along) + jnp.square(across)) / jnp.maximum(count, 1) ** 2
-    apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
-    apart |= trees.get(bins.stochastic, path) | (width == 0)
-    alike = jnp.where(apart, 0.0, jnp.where(count > 0, grid, 1.0))
-    return value, variance, seen, alike
+    return *kept, seen
 
-  kernel, variance, seen, alike = known(paths.kernel)
+  kernel, variance, seen = known(paths.kernel)
+  alike = _alike(bins, paths.kernel)
   size = jnp.sum(jnp.square(kernel), 0) / jnp.maximum(jnp.sum(seen, 0), 1)
   # Rounding to the nearest makes errors that are alike unless the values are
   # spread over steps: by the factor by which a Gaussian of that spread damps a
@@ -182,7 +171,7 @@ def gradients(
     bias = error = jnp.zeros(kernel.shape[1])
     shown = jnp.zeros(kernel.shape[1], bool)
   else:
-    bias, error, shown, _ = known(paths.bias)
+    bias, error, shown = known(paths.bias)
 
   def turn(h: Array, near: Array) -> tuple[Array, Array, Array]:
     precision = weight.T @ jnp.square(h)
@@ -204,6 +193,25 @@ def gradients(
       least + weight @ jnp.square(gradient)
     )
   return gradient
+
+
+def _alike(bins: Bins, path: tuple) -> Array:
+  """How far errors of a column can be one error, [features, classes] in [0, 1].
+
+  Those of noise and of random rounding are not, nor are dithered ones, whose
+  grids are shifted at random; nearest codes lie on one grid a column.
+  """
+  lower, upper = trees.get(bins.lower, path), trees.get(bins.upper, path)
+  width = upper - lower
+  on = jnp.isfinite(width) & (width > 0)
+  turned = 2 * np.pi * jnp.where(on, lower / jnp.where(on, width, 1.0), 0.0)
+  count = jnp.sum(on, 0)
+  along = jnp.sum(on * jnp.cos(turned), 0) / jnp.maximum(count, 1)
+  across = jnp.sum(on * jnp.sin(turned), 0) / jnp.maximum(count, 1)
+  grid = jnp.square(along) + jnp.square(across)
+  apart = ~jnp.isfinite(lower) & ~jnp.isfinite(upper)
+  apart |= trees.get(bins.stochastic, path) | (width == 0)
+  return jnp.where(apart, 0.0, jnp.where(count > 0, grid, 1.0))
 
 
 def round_counts(expected: Array, total: int) -> Array:

@@ -64,9 +64,7 @@ def markdown(lines: Sequence[Line]) -> str:
   """
   head = list(HEADINGS)
   rule = [":--", *["--:"] * 5, ":--"]
-  return "".join(
-    f"| {' | '.join(row)} |\n" for row in [head, rule, *rows(lines)]
-  )
+  return tables.joined([head, rule, *rows(lines)])
 
 
 def _milliseconds(seconds: float) -> str:

@@ -9,7 +9,7 @@ from matplotlib import ticker
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.report import page, style
+from mpqfl_jax.report import page, style, tables
 
 
 class Panel(NamedTuple):
@@ -60,9 +60,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
   """
   head = ["Defense", "Clients a round", *(p.heading for p in PANELS)]
   rule = [":--", *["--:"] * (len(head) - 1)]
-  return "".join(
-    f"| {' | '.join(row)} |\n" for row in [head, rule, *_rows(lines)]
-  )
+  return tables.joined([head, rule, *_rows(lines)])
 
 
 def _rows(lines: list[dict[str, Any]]) -> Iterator[list[str]]:

@@ -1,6 +1,6 @@
 """The main table of a run, as rows of text and as Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import json
 from typing import Any, NamedTuple
 
@@ -129,7 +129,7 @@ def markdown(summary: dict[str, Any]) -> str:
   left = {"defense", "attack"}
   head = [getattr(HEADINGS, name) for name in columns]
   rule = [":--" if name in left else "--:" for name in columns]
-  return "".join(f"| {' | '.join(r)} |\n" for r in [head, rule, *body])
+  return joined([head, rule, *body])
 
 
 def percent(share: float | None) -> str:
@@ -160,6 +160,11 @@ def epsilon(entry: dict[str, Any]) -> str:
   if entry.get("epsilon_model") == "central":
     words.append("not against the server")
   return ", ".join(words)
+
+
+def joined(lines: Iterable[Sequence[str]]) -> str:
+  """A table's text: its head, the rule below and the rows, cell by cell."""
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def attack_name(attack: str, regime: str) -> str:
