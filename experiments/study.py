@@ -236,12 +236,16 @@ def _programs_kept(place: pathlib.Path) -> Iterator[None]:
   if jax.config.values["jax_compilation_cache_dir"] is not None:
     yield
     return
+  # Small programs, too: a training run has thirty, a second and a half of work.
+  least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_compilation_cache_dir", str(place))
   compilation_cache.reset_cache()
   try:
     yield
   finally:
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     compilation_cache.reset_cache()
   shutil.rmtree(place, ignore_errors=True)
 
