@@ -140,15 +140,17 @@ def check(
   zeros = jax.tree.map(
     lambda leaf: np.zeros(leaf.shape, leaf.dtype), built.template
   )
+  exact = Bins(zeros, zeros, zeros, jax.tree.map(lambda _: False, zeros))
   for spec in config.attack:
     for shape in shapes:
       attack = make(
         spec, built.model, shape, built.data.x_train[:FEW_AUXILIARY]
       )
       labels = jnp.zeros(shape[:2], jnp.int32) if config.labels_known else None
-      attack.check(
-        Observation(zeros, zeros, None, labels, jnp.float32(config.client_lr))
-      )
+      for knowledge in config.attack_knowledge:
+        bins = exact if knowledge == "adaptive" else None
+        rate = jnp.float32(config.client_lr)
+        attack.check(Observation(zeros, zeros, bins, labels, rate))
 
 
 def auxiliary_images(

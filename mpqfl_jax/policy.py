@@ -31,10 +31,10 @@ class QuantRule(NamedTuple):
   options: Mapping[str, Any] = {}
 
 
-def matches(rule: QuantRule, path: str) -> bool:
-  """Whether a rule matches a leaf, by its whole path or by its layer."""
-  return fnmatch.fnmatchcase(path, rule.path) or fnmatch.fnmatchcase(
-    layer_of(path), rule.path
+def matches(pattern: str, path: str) -> bool:
+  """Whether a rule's pattern matches a leaf, by its whole path or its layer."""
+  return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(
+    layer_of(path), pattern
   )
 
 
@@ -56,7 +56,7 @@ def assign(
   paths = trees.leaf_names(params)
   for path in paths:
     for i, rule in enumerate(rules):
-      if matches(rule, path):
+      if matches(rule.path, path):
         unused.discard(i)
         found.append(rule)
         break

@@ -258,6 +258,8 @@ class Observation(NamedTuple):
     mixing: [epochs * steps] float32, what an image kept of itself in a step
       that mixed it with the next one; None where nothing was mixed, and for a
       blind adversary.
+    focus: a pytree like the update, of [] float32: 1 for the leaves that a
+      search compares, 0 for the others; None where it compares all.
   """
 
   params: Params
@@ -267,3 +269,4 @@ class Observation(NamedTuple):
   learning_rate: Array
   clips: Array | None = None
   mixing: Array | None = None
+  focus: PyTree | None = None

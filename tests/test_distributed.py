@@ -74,8 +74,8 @@ def together(port, count, *args):
   ]
 
 
-# A line of gloo's for each device, which its threads print piece by piece: those
-# of two devices of one process may mix.
+# A line of gloo's for each device, printed piece by piece: those of two devices
+# of one process may mix.
 _GLOO = re.compile(
   r"\[Gloo\] Rank | is connected to | peer ranks\. "
   r"|Expected number of connected peer ranks is : |\d+|\n"

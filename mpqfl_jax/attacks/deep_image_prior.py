@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from mpqfl_jax import layers
-from mpqfl_jax.attacks import core, descent, objectives
+from mpqfl_jax.attacks import core, descent, focus, objectives
 from mpqfl_jax.types import Array, Key, Model, PyTree
 
 # Doublings of the side from the input to the image.
@@ -78,6 +78,7 @@ def deep_image_prior(
   total_variation: float = 1e-3,
   learning_rate: float = 1e-2,
   objective: str = "cosine",
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Searches the weights of an untrained generator for the update's images.
 
@@ -94,6 +95,7 @@ def deep_image_prior(
     total_variation: weight of the image's total variation.
     learning_rate: Adam's first rate.
     objective: one of `objectives.OBJECTIVES`.
+    layers: whose part of the update is compared (`focus.focused`).
   """
   distance = core.choose("objective", objective, objectives.OBJECTIVES)
   return descent.attack(
@@ -106,4 +108,5 @@ def deep_image_prior(
     optax.adam(optax.cosine_decay_schedule(learning_rate, iterations)),
     iterations=iterations,
     restarts=restarts,
+    layers=layers,
   )

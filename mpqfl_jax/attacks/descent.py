@@ -6,13 +6,14 @@ once, tied to one another.
 """
 
 from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mpqfl_jax.attacks import core
+from mpqfl_jax.attacks import core, focus
 from mpqfl_jax.attacks import labels as labels_lib
 from mpqfl_jax.types import Array, Key, Model, Observation, PyTree
 
@@ -75,6 +76,7 @@ def attack(
   signed: bool = False,
   members: int = 1,
   consistency: float = 0.0,
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Builds an attack that follows a gradient.
 
@@ -93,13 +95,17 @@ def attack(
       one with the lowest distance and prior counts.
     consistency: weight of the mean squared distance of the members from their
       mean image.
+    layers: whose part of the update is compared (`focus.focused`).
   """
+
+  unknowns = work.images * math.prod(model.image_shape)
 
   def fidelity(v, labels: Array, observation: Observation):
     z = variables.to_images(v)
     x = core.to_images(model, z)
     update = core.explain(model, observation, x, labels, work)
-    return distance(update, observation) + prior(z), z
+    compared = focus.focused(layers, observation, unknowns)
+    return distance(update, compared) + prior(z), z
 
   def loss(v, labels: Array, observation: Observation):
     if members == 1:
@@ -141,6 +147,7 @@ def attack(
 
   def check(observation: Observation) -> None:
     core.check_labels(observation, work)
+    focus.check(layers, observation)
     if observation.labels is None:
       labels_lib.check(observation.params, model, work.images)
 

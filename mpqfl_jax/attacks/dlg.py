@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import coordinates, core, lbfgs, objectives
+from mpqfl_jax.attacks import coordinates, core, focus, lbfgs, objectives
 from mpqfl_jax.attacks import labels as labels_lib
 from mpqfl_jax.types import Array, Key, Model, Observation
 
@@ -54,6 +54,7 @@ def _matching(
   tolerance: float,
   exponent: float,
   spread: float,
+  layers: str,
 ) -> core.Attack:
   images = work.images
   pixels = images * math.prod(model.image_shape)
@@ -71,7 +72,7 @@ def _matching(
     if joint(observation):
       labels = jax.nn.softmax(logits)
     update = core.explain(model, observation, x, labels, work)
-    return objective(update, observation)
+    return objective(update, focus.focused(layers, observation, pixels))
 
   def init(key: Key, observation: Observation) -> State:
     keys = jax.random.split(key)
@@ -119,6 +120,7 @@ def _matching(
 
   def check(observation: Observation) -> None:
     core.check_labels(observation, work)
+    focus.check(layers, observation)
     if infer and observation.labels is None:
       labels_lib.check(observation.params, model, images)
       if images > 1:
@@ -142,6 +144,7 @@ def dlg(
   tolerance: float = 1e-8,
   exponent: float = 1.0,
   spread: float = 0.1,
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Deep Leakage from Gradients: squared distance, soft labels searched too.
 
@@ -159,6 +162,7 @@ def dlg(
     tolerance: relative squared distance at which the search ends.
     exponent: of the search coordinates (`coordinates.natural`).
     spread: deviation of the starting point in these coordinates.
+    layers: whose part of the update is compared (`focus.focused`).
   """
   return _matching(
     "dlg",
@@ -172,6 +176,7 @@ def dlg(
     tolerance,
     exponent,
     spread,
+    layers,
   )
 
 
@@ -185,6 +190,7 @@ def idlg(
   tolerance: float = 1e-8,
   exponent: float = 1.0,
   spread: float = 0.1,
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Improved DLG: the label is read off the last layer first.
 
@@ -202,4 +208,5 @@ def idlg(
     tolerance,
     exponent,
     spread,
+    layers,
   )

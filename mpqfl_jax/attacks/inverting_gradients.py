@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import core, descent, objectives
+from mpqfl_jax.attacks import core, descent, focus, objectives
 from mpqfl_jax.types import Array, Model
 
 
@@ -17,6 +17,7 @@ def inverting_gradients(
   total_variation: float = 1e-2,
   learning_rate: float = 0.1,
   objective: str = "cosine",
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Inverting Gradients: cosine distance by signed Adam with step decay.
 
@@ -32,6 +33,7 @@ def inverting_gradients(
     total_variation: weight of the image's total variation.
     learning_rate: Adam's first rate, in standard deviations of a channel.
     objective: one of `objectives.OBJECTIVES`.
+    layers: whose part of the update is compared (`focus.focused`).
   """
   distance = core.choose("objective", objective, objectives.OBJECTIVES)
   rate = optax.piecewise_constant_schedule(
@@ -47,6 +49,7 @@ def inverting_gradients(
     optax.adam(rate),
     iterations=iterations,
     restarts=restarts,
+    layers=layers,
     signed=True,
   )
 
@@ -59,6 +62,7 @@ def tag(
   restarts: int = 1,
   absolute: float = 0.1,
   learning_rate: float = 0.05,
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """TAG: squared and absolute distance, first layers counting most, by AdamW.
 
@@ -72,6 +76,7 @@ def tag(
     restarts: random starts, of which the one with the lowest objective counts.
     absolute: weight of the absolute distance in the first layer.
     learning_rate: AdamW's largest rate, in standard deviations of a channel.
+    layers: whose part of the update is compared (`focus.focused`).
   """
   rise = min(50, iterations // 2)
   rate = optax.join_schedules(
@@ -95,6 +100,7 @@ def tag(
     optax.adamw(rate, weight_decay=1e-4),
     iterations=iterations,
     restarts=restarts,
+    layers=layers,
   )
 
 
@@ -111,6 +117,7 @@ def gradinversion(
   batch_norm: float = 0.0,
   learning_rate: float = 0.1,
   objective: str = "squared",
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """GradInversion: several searches that are drawn to their common mean.
 
@@ -132,6 +139,7 @@ def gradinversion(
       batch normalisation keeps; only 0, for no model here sends any.
     learning_rate: Adam's first rate, in standard deviations of a channel.
     objective: one of `objectives.OBJECTIVES`.
+    layers: whose part of the update is compared (`focus.focused`).
 
   Raises:
     UserError: statistics of batch normalisation asked for, or no members.
@@ -162,6 +170,7 @@ def gradinversion(
     optax.adam(optax.cosine_decay_schedule(learning_rate, iterations)),
     iterations=iterations,
     restarts=restarts,
+    layers=layers,
     members=members,
     consistency=consistency,
   )

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqfl_jax import errors
-from mpqfl_jax.attacks import coordinates, core, denoising, lbfgs, objectives
+from mpqfl_jax.attacks import (
+  coordinates,
+  core,
+  denoising,
+  focus,
+  lbfgs,
+  objectives,
+)
 from mpqfl_jax.attacks import labels as labels_lib
 from mpqfl_jax.types import Array, Key, Model, Observation, PyTree
 
@@ -55,6 +62,7 @@ def maximum_a_posteriori(
   training: int = 1200,
   first_blur: float = 1.0,
   last_blur: float = 0.07,
+  layers: str = focus.ALL,
 ) -> core.Attack:
   """Most probable images given the payload and a prior from auxiliary images.
 
@@ -82,6 +90,7 @@ def maximum_a_posteriori(
     training: steps that the learned prior is trained for.
     first_blur: deviation in pixels of the blur of the learned prior at first.
     last_blur: in the last stage.
+    layers: whose part of the update is compared (`focus.focused`).
 
   Raises:
     UserError: no auxiliary images, no such prior, a blur that it is not trained
@@ -149,8 +158,9 @@ def maximum_a_posteriori(
     update = core.explain(model, observation, x, labels, work)
     outside = jnp.sum(jnp.square(x - jnp.clip(x, 0.0, 1.0)))
     smoothing = lowered(first_smoothing, last_smoothing, stage)
+    compared = focus.focused(layers, observation, z.size)
     return (
-      -objectives.log_likelihood(update, observation, smoothing)
+      -objectives.log_likelihood(update, compared, smoothing)
       + penalty(z, stage)
       + _BOX * outside
     )
@@ -190,6 +200,7 @@ def maximum_a_posteriori(
 
   def check(observation: Observation) -> None:
     core.check_labels(observation, work)
+    focus.check(layers, observation)
     if observation.labels is None:
       labels_lib.check(observation.params, model, images)
 

@@ -61,15 +61,22 @@ def residual(simulated: Update, observation: Observation) -> Update:
 
 
 def weights(observation: Observation) -> Update:
-  """Inverse variance of each entry; 1 for a blind adversary."""
+  """Inverse variance of each entry; 1 for a blind adversary.
+
+  0 outside the layers that the search has its focus on.
+  """
   if observation.bins is None:
-    return jax.tree.map(lambda v: jnp.ones((1,) * v.ndim), observation.update)
+    found = jax.tree.map(lambda v: jnp.ones((1,) * v.ndim), observation.update)
+  else:
 
-  def leaf(v, variance):
-    floor = VARIANCE_FLOOR * jnp.mean(jnp.square(v)) + 1e-20
-    return 1.0 / (variance + floor)
+    def leaf(v, variance):
+      floor = VARIANCE_FLOOR * jnp.mean(jnp.square(v)) + 1e-20
+      return 1.0 / (variance + floor)
 
-  return jax.tree.map(leaf, observation.update, observation.bins.variance)
+    found = jax.tree.map(leaf, observation.update, observation.bins.variance)
+  if observation.focus is None:
+    return found
+  return trees_multiply(found, observation.focus)
 
 
 def _weighted(a: Update, b: Update, w: Update) -> Array:
@@ -134,8 +141,36 @@ def cosine(simulated: Update, observation: Observation) -> Array:
   return 1.0 - across * jax.lax.rsqrt(norms + 1e-30)
 
 
+def straight_through(simulated: Update, observation: Observation) -> Array:
+  """Squared distance from what the simulated update would be decoded as.
+
+  The simulated update is rounded to the grid that the payload shows, and the
+  gradient passes through the rounding as if it were not there (Bengio et al.
+  2013). Random rounding is its own mean; without `bins` this is `squared`.
+  """
+  simulated = as_sent(simulated, observation)
+  bins, observed = observation.bins, observation.update
+  r = residual(simulated, observation._replace(clips=None))
+  if bins is not None:
+
+    def leaf(u, r, low, high, stochastic):
+      width = high - low
+      grid = jnp.isfinite(width) & (width > 0) & ~jnp.asarray(stochastic)
+      safe = jnp.where(grid, width, 1.0)
+      middle = jnp.where(grid, (low + high) / 2, 0.0)
+      steps = safe * jnp.round((u - middle) / safe)
+      return jnp.where(grid, u + jax.lax.stop_gradient(steps - u), r)
+
+    r = jax.tree.map(
+      leaf, simulated, r, bins.lower, bins.upper, bins.stochastic
+    )
+  w = weights(observation)
+  return _weighted(r, r, w) / (_weighted(observed, observed, w) + 1e-30)
+
+
 OBJECTIVES = {
   "squared": squared,
+  "straight_through": straight_through,
   "squared_and_absolute": squared_and_absolute,
   "cosine": cosine,
 }
@@ -175,14 +210,17 @@ def log_likelihood(
       search lowers it from about 1 to nearly 0.
   """
   simulated = as_sent(simulated, observation)
+
+  def total(terms: Update) -> Array:
+    if observation.focus is not None:
+      terms = trees_multiply(terms, observation.focus)
+    return sum(jax.tree.leaves(terms), start=jnp.float32(0))
+
   if observation.bins is None:
-    return sum(
-      map(
-        lambda u, v: _profile(u, v, smoothing),
-        jax.tree.leaves(simulated),
-        jax.tree.leaves(observation.update),
-      ),
-      start=jnp.float32(0),
+    return total(
+      jax.tree.map(
+        lambda u, v: _profile(u, v, smoothing), simulated, observation.update
+      )
     )
 
   def leaf(u, v, low, high, variance, stochastic):
@@ -212,16 +250,17 @@ def log_likelihood(
     return jnp.sum(jnp.where(bounded, inside, free))
 
   bins = observation.bins
-  terms = jax.tree.map(
-    leaf,
-    simulated,
-    observation.update,
-    bins.lower,
-    bins.upper,
-    bins.variance,
-    bins.stochastic,
+  return total(
+    jax.tree.map(
+      leaf,
+      simulated,
+      observation.update,
+      bins.lower,
+      bins.upper,
+      bins.variance,
+      bins.stochastic,
+    )
   )
-  return sum(jax.tree.leaves(terms), start=jnp.float32(0))
 
 
 # Width of the logistic at the edge of an interval, in widths of the interval.
