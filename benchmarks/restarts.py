@@ -1,0 +1,189 @@
+"""What more starting points of a search cost, in time, and what they gain.
+
+    python -m benchmarks.restarts
+    python -m benchmarks.restarts --page=docs/attacks.md
+
+One undefended update of one test image at initial weights, with its label. Each
+search is run from one starting point and from more, alone on the machine, on
+--devices CPU devices of `--widths` lanes each; the fastest of --repeats runs
+counts, without compilation. A width of 1 runs searches one after the other on
+each device, more of them vectorised, side by side.
+"""
+
+import argparse
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import page
+from mpqfl_jax import attacks, datasets, errors, host, layers, models, specs
+from mpqfl_jax.report import tables
+from mpqfl_jax.types import Observation
+
+Row = dict[str, Any]
+SEARCHES = (
+  "lenet_zhu:dlg,"
+  "lenet_zhu:inverting_gradients(iterations=1000),"
+  "lenet_zhu:map(iterations=200),"
+  "resnet20:inverting_gradients(iterations=100)"
+)
+
+
+def observe(model, params, image: np.ndarray, label: int) -> Observation:
+  """One client's update of one step on one image, at rate 1.
+
+  Args:
+    model: a `types.Model`.
+    params: where the client started.
+    image: [height, width, channels] uint8.
+    label: its class.
+
+  Returns:
+    An observation with a leading axis of one.
+  """
+  x = jnp.asarray(image / np.float32(255))[None, None]
+  y = jnp.full((1, 1), label, jnp.int32)
+  update = jax.jit(lambda x, y: attacks.simulate(model, params, x, y, 1.0))(
+    x, y
+  )
+  observed = Observation(params, update, None, y, jnp.float32(1))
+  return jax.tree.map(lambda leaf: np.asarray(leaf)[None], observed)
+
+
+def measure(
+  search: str,
+  dataset: str,
+  first: int,
+  restarts: list[int],
+  widths: list[int],
+  repeats: int,
+) -> list[Row]:
+  """A row for each width and number of restarts.
+
+  Args:
+    search: `model:attack` or `model:attack(key=value,...)`.
+    dataset: an embedded data set.
+    first: number of the test image.
+    restarts: numbers of starting points.
+    widths: lanes on a device.
+    repeats: runs, of which the fastest counts.
+
+  Raises:
+    UserError: unknown names or settings.
+  """
+  name, _, spec = search.partition(":")
+  data = datasets.load(dataset)
+  model = models.make(
+    name,
+    data.x_train.shape[1:],
+    len(data.class_names),
+    data.mean,
+    data.std,
+    conv=layers.attack_form(),
+  )
+  params = model.init(jax.random.key(0))
+  kind, settings = specs.parse(spec)
+  attack = attacks.make(
+    kind, model, auxiliary=np.asarray(data.x_train), **settings
+  )
+  if not isinstance(attack, attacks.Attack):
+    raise errors.UserError(
+      f"{kind} does not search from starting points. Expected dlg, map or"
+      " another search."
+    )
+  observation = observe(model, params, data.x_test[first], data.y_test[first])
+  rows = []
+  for width in widths:
+    for count in restarts:
+      # The first run compiles.
+      runs = [
+        attacks.run(
+          attack,
+          observation,
+          jax.random.key(0),
+          restarts=count,
+          width=width,
+          progress=False,
+        )
+        for _ in range(repeats + 1)
+      ][1:]
+      rows.append(
+        {
+          "model": name,
+          "attack": spec,
+          "width": width,
+          "restarts": count,
+          "seconds": min(run.seconds for run in runs),
+          "steps": int(runs[0].iterations[0]),
+          "objective": float(runs[0].objective[0]),
+        }
+      )
+  return rows
+
+
+def markdown(rows: list[Row]) -> str:
+  """A line a search and width: seconds, and how many times those of one."""
+  counts = sorted({row["restarts"] for row in rows})
+  table: list[list[str]] = [
+    ["Model", "Search", "Lanes a device", *(f"{n}" for n in counts)],
+    [":--", ":--", *["--:"] * (len(counts) + 1)],
+  ]
+  groups = dict.fromkeys((r["model"], r["attack"], r["width"]) for r in rows)
+  for group in groups:
+    found = {
+      r["restarts"]: r["seconds"]
+      for r in rows
+      if (r["model"], r["attack"], r["width"]) == group
+    }
+    # Of one starting point, however many lanes would have been free.
+    alone = min(
+      r["seconds"]
+      for r in rows
+      if (r["model"], r["attack"]) == group[:2] and r["restarts"] == counts[0]
+    )
+    cells = [f"{s:.2g} ({s / alone:.1f})" for _, s in sorted(found.items())]
+    model, attack, width = group
+    table.append([f"`{model}`", f"`{attack}`", str(width), *cells])
+  return tables.joined(table)
+
+
+def main() -> None:
+  """Measures every search, prints the table and puts it into a page."""
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument("--searches", default=SEARCHES)
+  flags.add_argument("--dataset", default="cifar10_sample")
+  flags.add_argument("--first", type=int, default=500, help="Test image.")
+  flags.add_argument("--restarts", default="1,2,4,8,16")
+  flags.add_argument("--widths", default="1,8")
+  flags.add_argument("--devices", type=int, default=2, help="CPU devices.")
+  flags.add_argument("--repeats", type=int, default=2)
+  flags.add_argument("--page", help="Put the table into this page.")
+  args = flags.parse_args()
+  jax.config.update("jax_num_cpu_devices", args.devices)
+  restarts, widths = (
+    [int(word) for word in text.split(",")]
+    for text in (args.restarts, args.widths)
+  )
+  rows: list[Row] = []
+  try:
+    for search in specs.split(args.searches):
+      rows += measure(
+        search, args.dataset, args.first, restarts, widths, args.repeats
+      )
+      print(markdown(rows[-len(restarts) * len(widths) :]), flush=True)
+  except errors.UserError as error:
+    flags.error(str(error))
+  text = f"{markdown(rows)}\n\n{host.processor()}, {os.cpu_count()} cores."
+  if args.page:
+    page.put(pathlib.Path(args.page), "restarts", text)
+
+
+if __name__ == "__main__":
+  host.restart()
+  main()
