@@ -1,16 +1,19 @@
-"""What more starting points of a search cost, in time, and what they gain.
+"""How much longer a search takes from more starting points.
 
-    python -m benchmarks.restarts
-    python -m benchmarks.restarts --page=docs/attacks.md
+    python -m benchmarks.restarts --json=results/attacks/restarts.json \
+      --page=docs/attacks.md
 
 One undefended update of one test image at initial weights, with its label. Each
-search is run from one starting point and from more, alone on the machine, on
---devices CPU devices of `--widths` lanes each; the fastest of --repeats runs
-counts, without compilation. A width of 1 runs searches one after the other on
-each device, more of them vectorised, side by side.
+search is run from one starting point and from more, on at most --devices CPU
+devices with at most --widths lanes each; no more devices and lanes are used
+than there are starting points. The fastest of --repeats runs counts, without
+compilation. A width of 1 runs searches one after the other on each device, more
+of them vectorised, side by side.
 """
 
 import argparse
+from collections.abc import Sequence
+import json
 import os
 import pathlib
 from typing import Any
@@ -61,6 +64,7 @@ def measure(
   restarts: list[int],
   widths: list[int],
   repeats: int,
+  devices: Sequence[jax.Device] | None = None,
 ) -> list[Row]:
   """A row for each width and number of restarts.
 
@@ -71,6 +75,7 @@ def measure(
     restarts: numbers of starting points.
     widths: lanes on a device.
     repeats: runs, of which the fastest counts.
+    devices: default all.
 
   Raises:
     UserError: unknown names or settings.
@@ -90,7 +95,7 @@ def measure(
   attack = attacks.make(
     kind, model, auxiliary=np.asarray(data.x_train), **settings
   )
-  if not isinstance(attack, attacks.Attack):
+  if not isinstance(attack, attacks.Attack) or attack.iterations < 2:
     raise errors.UserError(
       f"{kind} does not search from starting points. Expected dlg, map or"
       " another search."
@@ -106,6 +111,7 @@ def measure(
           observation,
           jax.random.key(0),
           restarts=count,
+          devices=devices,
           width=width,
           progress=False,
         )
@@ -129,7 +135,7 @@ def markdown(rows: list[Row]) -> str:
   """A line a search and width: seconds, and how many times those of one."""
   counts = sorted({row["restarts"] for row in rows})
   table: list[list[str]] = [
-    ["Model", "Search", "Lanes a device", *(f"{n}" for n in counts)],
+    ["Model", "Search", "Lanes a device, at most", *(f"{n}" for n in counts)],
     [":--", ":--", *["--:"] * (len(counts) + 1)],
   ]
   groups = dict.fromkeys((r["model"], r["attack"], r["width"]) for r in rows)
@@ -159,10 +165,11 @@ def main() -> None:
   flags.add_argument("--searches", default=SEARCHES)
   flags.add_argument("--dataset", default="cifar10_sample")
   flags.add_argument("--first", type=int, default=500, help="Test image.")
-  flags.add_argument("--restarts", default="1,2,4,8,16")
+  flags.add_argument("--restarts", default="1,2,8")
   flags.add_argument("--widths", default="1,8")
   flags.add_argument("--devices", type=int, default=2, help="CPU devices.")
   flags.add_argument("--repeats", type=int, default=2)
+  flags.add_argument("--json", help="Also write the rows to this file.")
   flags.add_argument("--page", help="Put the table into this page.")
   args = flags.parse_args()
   jax.config.update("jax_num_cpu_devices", args.devices)
@@ -179,9 +186,13 @@ def main() -> None:
       print(markdown(rows[-len(restarts) * len(widths) :]), flush=True)
   except errors.UserError as error:
     flags.error(str(error))
-  text = f"{markdown(rows)}\n\n{host.processor()}, {os.cpu_count()} cores."
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
   if args.page:
-    page.put(pathlib.Path(args.page), "restarts", text)
+    where = f"{host.processor()}, {os.cpu_count()} cores."
+    page.put(
+      pathlib.Path(args.page), "restarts", f"{markdown(rows)}\n\n{where}"
+    )
 
 
 if __name__ == "__main__":

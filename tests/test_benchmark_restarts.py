@@ -1,5 +1,6 @@
 """The benchmark of restarts measures what it says."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,23 +8,29 @@ from benchmarks import restarts
 from mpqfl_jax import errors
 
 
-def test_rows_are_of_all_restarts_and_never_get_worse():
+def test_rows_are_of_all_restarts_and_widths():
   rows = restarts.measure(
-    "mlp:dlg(iterations=20)", "mnist_sample", 3, [1, 3], [1, 2], 1
+    "mlp:inverting_gradients(iterations=20)",
+    "mnist_sample",
+    3,
+    [1, 3],
+    [1, 3],
+    1,
+    # Of several devices each would have one search, whatever the width.
+    jax.devices()[:1],
   )
   assert [(r["width"], r["restarts"]) for r in rows] == [
     (1, 1),
     (1, 3),
-    (2, 1),
-    (2, 3),
+    (3, 1),
+    (3, 3),
   ]
-  assert all(
-    r["seconds"] > 0 and r["steps"] <= 20 * r["restarts"] for r in rows
-  )
+  assert all(r["seconds"] > 0 for r in rows)
+  assert [r["steps"] for r in rows] == [20, 60, 20, 60]
   # Widths change who is searched beside whom, not what is found.
   one, three, wide_one, wide_three = (r["objective"] for r in rows)
-  assert three <= one
-  np.testing.assert_allclose([wide_one, wide_three], [one, three], rtol=0.1)
+  assert three < one
+  np.testing.assert_allclose([wide_one, wide_three], [one, three], rtol=1e-3)
 
 
 def test_the_table_says_how_many_times_one_start_takes():
@@ -43,6 +50,7 @@ def test_the_table_says_how_many_times_one_start_takes():
   ]
 
 
-def test_a_closed_form_has_no_starting_points():
+@pytest.mark.parametrize("name", ["rgap", "analytic"])
+def test_a_closed_form_has_no_starting_points(name):
   with pytest.raises(errors.UserError, match="does not search"):
-    restarts.measure("mlp:rgap", "mnist_sample", 0, [1], [1], 1)
+    restarts.measure(f"mlp:{name}", "mnist_sample", 0, [1], [1], 1)

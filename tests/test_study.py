@@ -425,10 +425,11 @@ def test_cells_find_what_others_compiled(tmp_path, monkeypatch):
     return {path.name for path in place.glob("*")}
 
   try:
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 30.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     with study._programs_kept(place):
       assert not compiled()  # the user has a cache
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 30.0)
     jax.config.update("jax_compilation_cache_dir", None)
     with study._programs_kept(place):
       first = compiled()

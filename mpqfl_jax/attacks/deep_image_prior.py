@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpqfl_jax import layers
+from mpqfl_jax import layers as layers_lib
 from mpqfl_jax.attacks import core, descent, focus, objectives
 from mpqfl_jax.types import Array, Key, Model, PyTree
 
@@ -33,7 +33,7 @@ def generator(model: Model, work: core.Work, width: int) -> descent.Variables:
   """
   height, wide, channels = model.image_shape
   small = [-(-side // 2**_DOUBLINGS) for side in (height, wide)]
-  convolve = layers.convolution(layers.attack_form())
+  convolve = layers_lib.convolution(layers_lib.attack_form())
   outputs = [width] * (_DOUBLINGS + 1) + [channels]
 
   def init(key: Key) -> PyTree:
@@ -51,7 +51,7 @@ def generator(model: Model, work: core.Work, width: int) -> descent.Variables:
     h = v["input"]
     for i in range(len(outputs)):
       h = convolve(
-        h, v[f"kernel{i}"], (1, 1), "SAME", dimension_numbers=layers.NHWC
+        h, v[f"kernel{i}"], (1, 1), "SAME", dimension_numbers=layers_lib.NHWC
       )
       h = h + v[f"bias{i}"]
       if i == len(outputs) - 1:

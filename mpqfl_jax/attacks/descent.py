@@ -6,7 +6,6 @@ once, tied to one another.
 """
 
 from collections.abc import Callable
-import math
 from typing import NamedTuple
 
 import jax
@@ -98,13 +97,11 @@ def attack(
     layers: whose part of the update is compared (`focus.focused`).
   """
 
-  unknowns = work.images * math.prod(model.image_shape)
-
   def fidelity(v, labels: Array, observation: Observation):
     z = variables.to_images(v)
     x = core.to_images(model, z)
     update = core.explain(model, observation, x, labels, work)
-    compared = focus.focused(layers, observation, unknowns)
+    compared = focus.focused(layers, observation, model, work)
     return distance(update, compared) + prior(z), z
 
   def loss(v, labels: Array, observation: Observation):

@@ -72,7 +72,8 @@ def _matching(
     if joint(observation):
       labels = jax.nn.softmax(logits)
     update = core.explain(model, observation, x, labels, work)
-    return objective(update, focus.focused(layers, observation, pixels))
+    compared = focus.focused(layers, observation, model, work)
+    return objective(update, compared)
 
   def init(key: Key, observation: Observation) -> State:
     keys = jax.random.split(key)

@@ -158,7 +158,7 @@ def maximum_a_posteriori(
     update = core.explain(model, observation, x, labels, work)
     outside = jnp.sum(jnp.square(x - jnp.clip(x, 0.0, 1.0)))
     smoothing = lowered(first_smoothing, last_smoothing, stage)
-    compared = focus.focused(layers, observation, z.size)
+    compared = focus.focused(layers, observation, model, work)
     return (
       -objectives.log_likelihood(update, compared, smoothing)
       + penalty(z, stage)

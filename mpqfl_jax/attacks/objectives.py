@@ -144,9 +144,12 @@ def cosine(simulated: Update, observation: Observation) -> Array:
 def straight_through(simulated: Update, observation: Observation) -> Array:
   """Squared distance from what the simulated update would be decoded as.
 
-  The simulated update is rounded to the grid that the payload shows, and the
+  The simulated update is rounded on the grid that the payload shows, and the
   gradient passes through the rounding as if it were not there (Bengio et al.
-  2013). Random rounding is its own mean; without `bins` this is `squared`.
+  2013). Exact for integers rounded to the nearest; other intervals are taken
+  for the step of such a grid. Entries that were rounded at random, that bear
+  noise or lie in an interval without an end count as in `squared`, as all do
+  without `bins`.
   """
   simulated = as_sent(simulated, observation)
   bins, observed = observation.bins, observation.update
@@ -245,7 +248,7 @@ def log_likelihood(
     )
     soft_step = jnp.minimum(scale / jnp.maximum(down, up) + _SOFT_EDGE, 1.0)
     drawn = jnp.log(soft_step) + _log_softplus((1.0 - far) / soft_step)
-    free = -0.5 * jnp.square(u - v) / (variance + scale**2)
+    free = -0.5 * jnp.square(u - v) / (variance + scale**2 + 1e-30)
     inside = jnp.where(stochastic, drawn, flat)
     return jnp.sum(jnp.where(bounded, inside, free))
 
