@@ -154,12 +154,12 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   from mpqfl_jax import attacks
   from mpqfl_jax.types import Observation
 
-  model, params, data = _task(args)
+  model, params, data = task(args.model, args.dataset, args.seed)
   truth = np.load(folder / "task.npz")
   n = len(truth["x"])
   observation = Observation(
     jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
-    _updates(model, params, truth["x"], truth["y"]),
+    updates(model, params, truth["x"], truth["y"]),
     None,
     truth["y"].astype(np.int32)[:, None, None] if args.labels_known else None,
     jnp.ones(n),
@@ -182,25 +182,25 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   )
 
 
-def _task(args: argparse.Namespace):
-  """The model, its weights, and the data set."""
+def task(name: str, dataset: str, seed: int):
+  """The model of a name, its initial weights, and the data set."""
   import jax
 
   from mpqfl_jax import datasets, layers, models
 
-  data = datasets.load(args.dataset)
+  data = datasets.load(dataset)
   model = models.make(
-    args.model,
+    name,
     data.x_train.shape[1:],
     len(data.class_names),
     data.mean,
     data.std,
     conv=layers.attack_form(),
   )
-  return model, model.init(jax.random.key(args.seed)), data
+  return model, model.init(jax.random.key(seed)), data
 
 
-def _updates(model, params, x: np.ndarray, y: np.ndarray):
+def updates(model, params, x: np.ndarray, y: np.ndarray):
   """The update of one step at rate 1 on each image, that is its gradient."""
   import jax
   import jax.numpy as jnp
@@ -208,11 +208,11 @@ def _updates(model, params, x: np.ndarray, y: np.ndarray):
   from mpqfl_jax import attacks
 
   one = jax.jit(lambda x, y: attacks.simulate(model, params, x, y, 1.0))
-  updates = [
+  each = [
     one(image[None, None], jnp.asarray(label)[None, None])
     for image, label in zip(x, y, strict=True)
   ]
-  return jax.tree.map(lambda *a: np.stack(a), *updates)
+  return jax.tree.map(lambda *a: np.stack(a), *each)
 
 
 def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
@@ -221,7 +221,7 @@ def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
 
   from mpqfl_jax import trees
 
-  model, params, data = _task(args)
+  model, params, data = task(args.model, args.dataset, args.seed)
   rows = slice(args.first, args.first + args.images)
   x = np.asarray(data.x_test[rows]).astype(np.float32) / 255.0
   y = np.asarray(data.y_test[rows])
@@ -237,9 +237,9 @@ def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     "std": model.std,
     "logits": np.asarray(jax.jit(model.apply)(params, x)),
   }
-  updates = jax.tree.leaves(_updates(model, params, x, y))
+  sent = jax.tree.leaves(updates(model, params, x, y))
   leaves = zip(
-    trees.leaf_names(params), jax.tree.leaves(params), updates, strict=True
+    trees.leaf_names(params), jax.tree.leaves(params), sent, strict=True
   )
   for name, weights, update in leaves:
     arrays[f"params/{name}"] = np.asarray(weights)

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import attacks as beside
 from benchmarks import page
-from mpqfl_jax import attacks, datasets, errors, host, layers, models, specs
+from mpqfl_jax import attacks, errors, host, specs
 from mpqfl_jax.report import tables
 from mpqfl_jax.types import Observation
 
@@ -34,27 +35,6 @@ SEARCHES = (
   "lenet_zhu:map(iterations=200),"
   "resnet20:inverting_gradients(iterations=100)"
 )
-
-
-def observe(model, params, image: np.ndarray, label: int) -> Observation:
-  """One client's update of one step on one image, at rate 1.
-
-  Args:
-    model: a `types.Model`.
-    params: where the client started.
-    image: [height, width, channels] uint8.
-    label: its class.
-
-  Returns:
-    An observation with a leading axis of one.
-  """
-  x = jnp.asarray(image / np.float32(255))[None, None]
-  y = jnp.full((1, 1), label, jnp.int32)
-  update = jax.jit(lambda x, y: attacks.simulate(model, params, x, y, 1.0))(
-    x, y
-  )
-  observed = Observation(params, update, None, y, jnp.float32(1))
-  return jax.tree.map(lambda leaf: np.asarray(leaf)[None], observed)
 
 
 def measure(
@@ -81,16 +61,7 @@ def measure(
     UserError: unknown names or settings.
   """
   name, _, spec = search.partition(":")
-  data = datasets.load(dataset)
-  model = models.make(
-    name,
-    data.x_train.shape[1:],
-    len(data.class_names),
-    data.mean,
-    data.std,
-    conv=layers.attack_form(),
-  )
-  params = model.init(jax.random.key(0))
+  model, params, data = beside.task(name, dataset, 0)
   kind, settings = specs.parse(spec)
   attack = attacks.make(
     kind, model, auxiliary=np.asarray(data.x_train), **settings
@@ -100,7 +71,15 @@ def measure(
       f"{kind} does not search from starting points. Expected dlg, map or"
       " another search."
     )
-  observation = observe(model, params, data.x_test[first], data.y_test[first])
+  x = data.x_test[first : first + 1] / np.float32(255)
+  y = np.asarray(data.y_test[first : first + 1], np.int32)
+  observation = Observation(
+    jax.tree.map(lambda leaf: np.asarray(leaf)[None], params),
+    beside.updates(model, params, x, y),
+    None,
+    jnp.asarray(y)[:, None, None],
+    jnp.ones(1),
+  )
   rows = []
   for width in widths:
     for count in restarts:

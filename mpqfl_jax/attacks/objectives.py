@@ -93,8 +93,12 @@ def squared(simulated: Update, observation: Observation) -> Array:
 
   Zhu et al. 2019, equation 4, up to the scale.
   """
-  r, w = residual(simulated, observation), weights(observation)
-  observed = observation.update
+  return _relative(residual(simulated, observation), observation)
+
+
+def _relative(r: Update, observation: Observation) -> Array:
+  """Squared length of a residual, relative to the observed update's own."""
+  w, observed = weights(observation), observation.update
   return _weighted(r, r, w) / (_weighted(observed, observed, w) + 1e-30)
 
 
@@ -152,7 +156,7 @@ def straight_through(simulated: Update, observation: Observation) -> Array:
   without `bins`.
   """
   simulated = as_sent(simulated, observation)
-  bins, observed = observation.bins, observation.update
+  bins = observation.bins
   r = residual(simulated, observation._replace(clips=None))
   if bins is not None:
 
@@ -167,8 +171,7 @@ def straight_through(simulated: Update, observation: Observation) -> Array:
     r = jax.tree.map(
       leaf, simulated, r, bins.lower, bins.upper, bins.stochastic
     )
-  w = weights(observation)
-  return _weighted(r, r, w) / (_weighted(observed, observed, w) + 1e-30)
+  return _relative(r, observation)
 
 
 OBJECTIVES = {
