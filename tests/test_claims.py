@@ -225,7 +225,9 @@ def pruned(outcomes):
   [
     ({0.5: (0.9, GOOD), 0.9: (0.899, BAD), 0.99: (0.7, BAD)}, "holds"),
     ({0.5: (0.9, GOOD), 0.9: (0.895, BAD), 0.99: (0.894, BAD)}, "fails"),
-    ({0.5: (0.9, GOOD), 0.9: (0.89, BAD[:3]), 0.99: (0.7, BAD)}, "open"),
+    ({0.5: (0.9, GOOD), 0.9: (0.895, BAD[:3]), 0.99: (0.7, BAD)}, "open"),
+    # Too dear, whether it stops the attacks or not.
+    ({0.5: (0.9, GOOD), 0.9: (0.85, BAD[:3]), 0.99: (0.7, BAD)}, "holds"),
     ({0.5: (0.9, GOOD), 0.9: (0.89, BAD)}, "open"),
   ],
 )
@@ -255,9 +257,11 @@ def test_later_training_and_larger_batches():
   assert throughout(*same[:2], (GOOD, BATCH)).verdict == "fails"
 
 
-def test_nothing_can_be_lost_where_nothing_was_hidden_or_shown():
-  leaky = throughout(*((GOOD, kw) for kw in ({}, LATE, STEPS, BATCH)))
-  assert leaky.verdict == "open" and "nothing to keep" in leaky.words
+def test_one_setting_that_leaks_is_enough():
+  places = ({}, LATE, STEPS, BATCH)
+  for leaking in places:
+    claim = throughout(*((GOOD if p is leaking else BAD, p) for p in places))
+    assert claim.verdict == "fails" and claim.value == 1.0
   weak = throughout(*((BAD, kw) for kw in ({}, LATE, STEPS, BATCH)), none=BAD)
   assert weak.verdict == "open" and "not shown to work" in weak.words
 

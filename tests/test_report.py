@@ -1,15 +1,12 @@
 """The report, on runs made up of real images and invented results."""
 
 import base64
-import html as html_lib
 from html import parser as html_parser
 import io
 import itertools
 import json
 import pathlib
 import re
-import shutil
-import subprocess
 
 from matplotlib import text as mpl_text
 import numpy as np
@@ -28,6 +25,7 @@ from mpqfl_jax.report import (
   style,
   tables,
 )
+from tests import browser
 
 # name: (accuracy, bytes, epsilon, {(attack, knowledge): (blur, noise)})
 DEFENSES = {
@@ -935,77 +933,31 @@ def test_text_has_enough_contrast_in_light_and_dark():
       assert _contrast(colors[a], colors[b]) >= 4.5, (a, b)
 
 
-def _browser():
-  for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-    if shutil.which(name):
-      return name
-  pytest.skip("no Chromium on this machine: the page is not rendered")
+def test_a_browser_shows_the_page(run, tmp_path):
+  browser.check(run[0] / "report.html", tmp_path)
 
 
-def _chromium(tmp_path, *args):
-  done = subprocess.run(
-    [
-      _browser(),
-      "--headless",
-      "--no-sandbox",
-      "--disable-gpu",
-      "--disable-quic",
-      "--no-first-run",
-      "--disable-background-networking",
-      "--disable-component-update",
-      "--disable-sync",
-      "--hide-scrollbars",
-      f"--user-data-dir={tmp_path / 'profile'}",
-      *args,
-    ],
-    capture_output=True,
-    text=True,
-    timeout=90,
-    check=True,
+def test_a_browser_finds_what_is_wrong_with_a_page(tmp_path):
+  page = tmp_path / "page.html"
+  page.write_text(
+    "<body style='background:#fff'><p style='color:#999'>faint</p>"
+    "<p style='color:#777; font-size:24px'>large enough</p>"
+    "<p style='width:900px; font-size:9px'>wide</p>"
+    "<div style='overflow-x:auto'><p style='width:900px'>scrolls</p></div>"
+    "<img src='data:image/png;base64,AAAA'><img alt='far' src='http://[::1]/'>"
+    "<script>console.log('seen')</script>"
   )
-  return done.stdout
-
-
-@pytest.mark.parametrize(
-  ("scheme", "number", "page"),
-  [("light", 1, "#f6f7f9"), ("dark", 0, "#14161a")],
-)
-def test_a_browser_paints_the_page_in_both_schemes(
-  run, tmp_path, scheme, number, page
-):
-  shot = tmp_path / f"{scheme}.png"
-  _chromium(
-    tmp_path,
-    f"--blink-settings=preferredColorScheme={number}",
-    "--window-size=1280,1400",
-    f"--screenshot={shot}",
-    (run[0] / "report.html").as_uri(),
-  )
-  pixels = np.asarray(Image.open(shot).convert("RGB"))
-  corner = "#" + "".join(f"{c:02x}" for c in pixels[2, 2])
-  assert corner == page
-  assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
-
-
-def test_a_phone_does_not_scroll_sideways(run, tmp_path):
-  frame = tmp_path / "frame.html"
-  page = html_lib.escape(run[2], quote=True)
-  frame.write_text(
-    f'<iframe width="400" height="900" srcdoc="{page}"></iframe>'
-    "<script>onload = () => { const d ="
-    " document.querySelector('iframe').contentDocument;"
-    " const broken = [...d.images].filter(i => !i.naturalWidth).length;"
-    " const boxes = [...d.querySelectorAll('main, section, p, li, dd')];"
-    " const wide = boxes.filter("
-    "   b => b.getBoundingClientRect().right > 400.5).length;"
-    " document.body.textContent = `measured"
-    " ${d.documentElement.scrollWidth} ${wide} ${broken}` }</script>",
-    encoding="utf-8",
-  )
-  out = _chromium(tmp_path, "--dump-dom", frame.as_uri())
-  measured = re.search(r"measured (\d+) (\d+) (\d+)", out)
-  assert measured is not None
-  assert measured.groups() == ("400", "0", "0")
+  shot = tmp_path / "shot.png"
+  found = browser.look(page, width=400, scheme="light", shot=shot)
+  assert found["faint"] == ["p.: faint"] and found["wide"] == ["p.: wide"]
+  assert (found["broken"], found["undescribed"]) == (2, 1)
+  assert found["smallest"] == 9 and not found["dark"]
+  assert found["requests"] == ["http://[::1]/"]
+  assert [line.split(": ")[1] for line in found["console"]] == ["seen"]
+  with pytest.raises(RuntimeError, match="exit 2"):
+    browser.look(
+      tmp_path / "none.html", width=400, scheme="light", shot=tmp_path / "none"
+    )
 
 
 def test_a_rounded_zero_has_no_sign():

@@ -9,6 +9,7 @@ from experiments import costs, scaling, setting
 from mpqfl_jax import errors
 from mpqfl_jax.report import html
 from mpqfl_jax.report import scaling as report
+from tests import browser
 from tests.test_experiments import execute, from_args, lines
 
 SMALL = (
@@ -67,6 +68,7 @@ def test_a_scaling_run_measures_each_cohort_alone(tmp_path, capsys):
   page = (run / "report.html").read_text()
   assert "Cost against clients" in page and "data:image/png" in page
   assert (run / "figures" / "scaling.png").stat().st_size > 10_000
+  browser.check(run / "report.html", tmp_path)
   # What is finished is not measured again.
   before = (run / "cohorts" / "none_16" / "summary.json").stat().st_mtime_ns
   assert execute(*SMALL, f"--output_dir={run}", "--resume") == 0

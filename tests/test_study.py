@@ -17,6 +17,7 @@ from experiments import config, main, study
 from mpqfl_jax import errors
 from mpqfl_jax.report import html, tables
 from mpqfl_jax.report import study as page
+from tests import browser
 
 DEFENSES = ("none", "paper", "int4")
 
@@ -327,6 +328,10 @@ def test_costs_stand_beside_what_they_buy(pretended):
   assert row.endswith(" 10.5 |")
   html_text = (pretended / "report.html").read_text()
   assert 'id="costs"' in html_text and "3.5 s, 5 MB for 70" in html_text
+
+
+def test_a_browser_shows_the_page(pretended, tmp_path):
+  browser.check(pretended / "report.html", tmp_path)
 
 
 def test_the_page_has_every_part_and_loads_nothing(pretended):

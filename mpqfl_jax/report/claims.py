@@ -51,7 +51,8 @@ class Claim(NamedTuple):
     value, low, high: the figure that decides, and its 95 % interval; None
       where there is none.
     unit: of the figure.
-    words: what was found, in plain words; why, where the claim is open.
+    found: (data set, or other part, and what was found there), in plain words;
+      why, where the claim is open. The name is empty where there are no parts.
   """
 
   key: str
@@ -61,7 +62,12 @@ class Claim(NamedTuple):
   low: float | None
   high: float | None
   unit: str
-  words: str
+  found: tuple[tuple[str, str], ...]
+
+  @property
+  def words(self) -> str:
+    """All that was found, in one paragraph."""
+    return " ".join(f"{n}: {words}" if n else words for n, words in self.found)
 
 
 class Finding(NamedTuple):
@@ -91,15 +97,15 @@ def combine(
     none: why the claim is open where there is no finding.
   """
   if not found:
-    return Claim(key, statement, OPEN, None, None, None, unit, none)
+    return Claim(key, statement, OPEN, None, None, None, unit, (("", none),))
   order = (FAILS, OPEN, HOLDS)
   verdict = min((f.verdict for f in found.values()), key=order.index)
   figures = [f.figure for f in found.values() if f.verdict == verdict]
   figure = next((f for f in figures if f is not None), None)
-  words = " ".join(f"{name}: {f.words}" for name, f in found.items())
+  told = tuple((name, f.words) for name, f in found.items())
   if figure is None:
-    return Claim(key, statement, verdict, None, None, None, unit, words)
-  return Claim(key, statement, verdict, *figure, unit, words)
+    return Claim(key, statement, verdict, None, None, None, unit, told)
+  return Claim(key, statement, verdict, *figure, unit, told)
 
 
 def main_mixed(results: Results) -> str | None:
@@ -360,7 +366,7 @@ def encryption_grows(results: Results) -> Claim:
     }
     text = f"from {mine[0]['clients']} to {mine[-1]['clients']} clients, "
     text += " and ".join(
-      f"{what} grows as their number to the power {s.value:.2f}"
+      f"{what} grows as their number to the power {tables.fixed(s.value, 2)}"
       for what, s in slopes.items()
     )
     lows = [s.low for s in slopes.values() if s.low is not None]
@@ -399,17 +405,23 @@ def pruning_is_delicate(results: Results) -> Claim:
     for defense, ratio in sorted(sparse.items(), key=lambda item: item[1]):
       hides = stopped(results, name, defense, None)
       pair = evidence.accuracy_difference(results, name, "none", defense)
-      if hides is None or pair is None or hides.verdict == OPEN:
+      if hides is None or pair is None:
         unknown.append(ratio)
         continue
-      drop = pair[0].value
-      good = hides.verdict == HOLDS and drop < MINIMAL_POINTS
-      told.append(
-        f"{ratio:g} {'stops' if hides.verdict == HOLDS else 'leaks'} and costs"
-        f" {drop:.1f} points"
+      drop = pair[0]
+      low, high = (
+        drop.value if end is None else end for end in (drop.low, drop.high)
       )
-      if good:
+      # A ratio works if it does both; to know that one fails is enough.
+      if hides.verdict == FAILS or low >= MINIMAL_POINTS:
+        pass
+      elif hides.verdict == HOLDS and high < MINIMAL_POINTS:
         works.append(ratio)
+      else:
+        unknown.append(ratio)
+      does = {HOLDS: "stops", FAILS: "leaks", OPEN: "may leak"}[hides.verdict]
+      cost = tables.fixed(drop.value, 1).replace("-", tables.MINUS)
+      told.append(f"{ratio:g} {does} and costs {cost} points")
     text = "; ".join(told) + "." if told else "Nothing is sure of any ratio."
     figure = evidence.Interval(
       float(len(works)), min(works, default=None), max(works, default=None)
@@ -430,8 +442,8 @@ def pruning_is_delicate(results: Results) -> Claim:
 def holds_throughout(results: Results) -> Claim:
   """(i) How it holds as training proceeds, with batch size and local steps."""
   statement = (
-    "What the mixed scheme hides stays hidden later in training, in larger"
-    " batches and over several local steps."
+    "The mixed scheme hides images throughout: at initial and trained weights,"
+    " in larger batches and over several local steps."
   )
   mixed = main_mixed(results)
   found = {
@@ -445,8 +457,8 @@ def holds_throughout(results: Results) -> Claim:
 
 
 def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
-  places = dict.fromkeys(
-    evidence.setting(a) for a in results.attacks if a["dataset"] == dataset
+  places = sorted(
+    {evidence.setting(a) for a in results.attacks if a["dataset"] == dataset}
   )
   tops, told = {}, []
   for place in places:
@@ -466,16 +478,12 @@ def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
   if not told:
     return None
   words = "; ".join(told) + "."
-  base = evidence.base_setting(results, dataset)
-  if base is None or base not in tops:
+  if not tops:
     return Finding(OPEN, None, words)
-  figure = _rate(max((t.rate for t in tops.values()), key=lambda r: r.rate))
-  if tops[base].rate.low > LEAKS_FROM:
-    words += " It leaks in the first of them, so that there is nothing to keep."
-    return Finding(OPEN, figure, words)
-  worse = [t for t in tops.values() if t.rate.low > tops[base].rate.high]
-  if worse:
-    return Finding(FAILS, _rate(worse[0].rate), words)
+  worst = max((t.rate for t in tops.values()), key=lambda r: r.low)
+  figure = _rate(worst)
+  if worst.low > LEAKS_FROM:
+    return Finding(FAILS, figure, words)
   missing = [
     what
     for axis, what in enumerate(("trained weights", "local steps", "batch"))

@@ -335,6 +335,7 @@ def mixing_helps(results: Results) -> claims.Claim:
     " equal bytes."
   )
   found: dict[str, claims.Finding] = {}
+  looks = style.styles(evidence.defenses(results))
   rows = [a for a in ablation(results) if a.kind == "precision and mode"]
   for dataset in dict.fromkeys(a.dataset for a in rows):
     # The scheme holds where one of its policies does; that one is named.
@@ -344,8 +345,9 @@ def mixing_helps(results: Results) -> claims.Claim:
       mine,
       key=lambda a: (order.index(a.verdict), -(a.gain.value if a.gain else 0)),
     )
+    name = looks[best.defense].label
     found[dataset] = claims.Finding(
-      best.verdict, best.gain, f"{best.defense}: {best.words}"
+      best.verdict, best.gain, f"{name}: {best.words}"
     )
   return claims.combine(
     "h", statement, "dB", found, "No policy mixes precision and mode."

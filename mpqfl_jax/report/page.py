@@ -49,6 +49,6 @@ def _units(text: str) -> str:
 
 
 def _breakable(name: str) -> markupsafe.Markup:
-  """Lets a long name wrap after an underscore or a comma."""
+  """Lets a long name wrap after an underscore, comma, slash or bracket."""
   escaped = str(markupsafe.escape(name))
-  return markupsafe.Markup(re.sub(r"([_,])", r"\1<wbr>", escaped))
+  return markupsafe.Markup(re.sub(r"([_,/(])", r"\1<wbr>", escaped))

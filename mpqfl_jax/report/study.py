@@ -290,10 +290,12 @@ def figure(claim: claims.Claim) -> str:
     return text
   digits = 0 if claim.unit.startswith("ratios") else 2
   digits = 1 if claim.unit in ("points", "dB") else digits
-  text = f"{claim.value:.{digits}f} {claim.unit}"
+  text = f"{tables.fixed(claim.value, digits)} {claim.unit}"
   if claim.low is not None and claim.high is not None:
-    more = max(digits, 1)
-    text += f" ({claim.low:.{more}f} to {claim.high:.{more}f})"
+    low, high = (
+      tables.fixed(end, max(digits, 1)) for end in (claim.low, claim.high)
+    )
+    text += f" ({low} to {high})"
   return text.replace("-", tables.MINUS)
 
 
@@ -307,7 +309,10 @@ def _answer(study: Study, judged: Sequence[claims.Claim]) -> list[str]:
   mixed = claims.main_mixed(study.results) or "the mixed scheme"
   adaptive = by_key["c"].verdict
   first = {
-    claims.FAILS: f"An attacker who knows the codec gets through {mixed}.",
+    claims.FAILS: (
+      "An attacker who knows the codec reads images out of what the mixed"
+      f" scheme ({mixed}) sends."
+    ),
     claims.HOLDS: (
       f"{mixed} stopped the attacks tried, by an attacker who knows the codec"
       " too. Others may still succeed."
@@ -332,9 +337,10 @@ def _answer(study: Study, judged: Sequence[claims.Claim]) -> list[str]:
     + ".",
   ]
   out += [
-    f"({k}) {by_key[k].words}"
-    for k in ("a", "d")
-    if by_key[k].value is not None
+    f"({c.key}) {_BADGES[c.verdict]}: {c.statement.removesuffix('.')}:"
+    f" {figure(c)}."
+    for c in judged
+    if c.key in "acdh" and c.value is not None
   ]
   best = [p for p in frontier.points(study.results) if p.pareto]
   looks = style.styles(evidence.defenses(study.results))
