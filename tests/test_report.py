@@ -856,6 +856,21 @@ def test_the_grid_shows_every_pixel_as_a_square(images, tmp_path):
     assert worst and min(worst) <= 1
 
 
+def test_names_do_not_reach_into_the_images(images, tmp_path):
+  r = _small(tmp_path / "run", images, count=8)
+  known = style.styles(r.summary["defenses"])
+  drawn = grid.draw(grid.groups(r.reconstructions)[0], known, "setting")
+  (ax,) = drawn.figure.axes
+  renderer = drawn.figure.canvas.get_renderer()
+  pictures = [i.get_window_extent(renderer) for i in ax.images]
+  labels = {style.wrapped(look.label) for look in known.values()}
+  names = [t for t in ax.texts if t.get_text() in labels]
+  assert len(names) == len(known) and len(pictures) > 8
+  for text in names:
+    box = text.get_window_extent(renderer)
+    assert not any(box.overlaps(p) for p in pictures), text.get_text()
+
+
 def test_grids_keep_images_and_rounds_apart(images):
   def made(**kw):
     x = images[0][:2].astype(np.float32)

@@ -20,7 +20,6 @@ _ROWS = 14
 # The rest in pixels of the PNG, which is shown at half size.
 _CELL = 152
 _GAP = 20
-_LETTER = 15
 _TEXT = 62
 _MARGIN = 24
 _DOT = " · "
@@ -144,7 +143,7 @@ def layout(
   height: int,
   width: int,
   heading: int,
-  letters: int,
+  beside: int,
 ) -> Layout:
   """Lays a grid out.
 
@@ -153,7 +152,7 @@ def layout(
     images: in each.
     height, width: of an image, in its own pixels.
     heading: height of what stands above the grid.
-    letters: of the longest line beside it.
+    beside: width of the widest name beside it.
   """
   turned = images <= _FEW and entries <= _COLUMNS
   factor = max(1, _CELL // max(height, width))
@@ -162,7 +161,7 @@ def layout(
     pitch_x, left, top = max(cell_w + _GAP, 200), 136, heading + 92
   else:
     pitch_x, top = max(cell_w, 120) + _GAP, heading + 46
-    left = _MARGIN + 32 + _LETTER * max(letters, 10) + _GAP
+    left = _MARGIN + 32 + max(beside, 150) + _GAP
   return Layout(
     turned, cell_w, cell_h, pitch_x, cell_h + _TEXT + _GAP, left, top
   )
@@ -193,13 +192,15 @@ def draw(
     style.wrapped(look.label) + f"\n{s.knowledge}" * several
     for s, look in zip(group, looks, strict=True)
   ]
-  letters = max(len(line) for name in names for line in name.split("\n"))
+  beside = max(
+    style.text_width(line, 10) for name in names for line in name.split("\n")
+  )
   shape = (len(group), count, height, width)
-  probe = layout(*shape, 0, letters)
+  probe = layout(*shape, 0, beside)
   full_w = max(probe.left + columns * probe.pitch_x + _MARGIN, 900)
   heading = _wrap(setting, int((full_w - 2 * _MARGIN) / 14.2))
   above = _MARGIN + 48 + 32 * len(heading)
-  plan = layout(*shape, above, letters)
+  plan = layout(*shape, above, beside)
   rows = count if plan.turned else len(group) + 1
   full_h = plan.top + rows * plan.pitch_y + 6
 

@@ -7,11 +7,18 @@ no figure depends on colour alone.
 
 from collections.abc import Iterable, Sequence
 import itertools
+import math
 import pathlib
 from typing import Literal, NamedTuple
 
 from matplotlib import axes as mpl_axes
-from matplotlib import colors, layout_engine, patheffects
+from matplotlib import (
+  colors,
+  font_manager,
+  layout_engine,
+  patheffects,
+  textpath,
+)
 from matplotlib import figure as mpl_figure
 from matplotlib import lines as mpl_lines
 from matplotlib import text as mpl_text
@@ -188,6 +195,20 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
   pooled = np.repeat([v for v, _ in blocks], [n for _, n in blocks])
   out[order] = pooled + gap * np.arange(len(order))
   return list(out)
+
+
+def text_width(text: str, size: float) -> int:
+  """Pixels, at `DPI`, that a line of text is wide, rounded up.
+
+  Args:
+    text: one line.
+    size: of its letters, in points.
+  """
+  font = font_manager.FontProperties(size=size)
+  width, _, _ = textpath.text_to_path.get_text_width_height_descent(
+    text, font, ismath=False
+  )
+  return math.ceil(width * DPI / 72)
 
 
 def label_points(
