@@ -499,6 +499,53 @@ def test_dead_features_leave_the_bias():
   np.testing.assert_allclose(got, gradient, rtol=1e-3)
 
 
+def test_shares_are_exact_where_images_of_a_class_are_alike():
+  """Closed form: the classes' features and probabilities are put in."""
+  rng = np.random.default_rng(0)
+  weights = rng.normal(size=(40, 6)).astype(np.float32)
+  offset = rng.normal(size=6).astype(np.float32)
+  typical = rng.uniform(0.2, 0.8, 40).astype(np.float32)
+  own = typical[:, None] + rng.normal(scale=0.02, size=(40, 6))
+  counts = np.array([3, 0, 1, 0, 2, 2])
+  answers = np.asarray(jax.nn.softmax(own.T @ weights + offset))
+  # Off by more than an image: a guess from noise cannot do.
+  noise = np.asarray(jax.nn.softmax(jnp.zeros(6)))
+  assert 8 * np.abs(counts @ answers / 8 - noise).max() > 1
+  residual = (counts[:, None] / 8) * (answers - np.eye(6))
+  got = labels.shares(
+    jnp.asarray(own @ residual),
+    jnp.asarray(residual.sum(0)),
+    jnp.asarray(weights),
+    jnp.asarray(offset),
+    jnp.asarray(typical),
+    jnp.asarray(noise),
+    8,
+  )
+  np.testing.assert_array_equal(labels.round_counts(8 * got, 8), counts)
+  np.testing.assert_allclose(8 * got, counts, atol=0.25)
+
+
+def test_label_counts_of_exact_batches():
+  """Noise alone gives 91 % of these."""
+  data, model, params = digits()
+  places = np.random.default_rng(5).permutation(len(data.y_train))[:384]
+
+  @jax.jit
+  def find(x, y):
+    update = core.simulate(model, params, x[None], y[None], 0.1)
+    observation = types.Observation(
+      params, update, None, None, jnp.float32(0.1)
+    )
+    return labels.infer(model, observation, core.Work(1, 8))[0]
+
+  found = []
+  for rows in places.reshape(48, 8):
+    x = jnp.asarray(data.x_train[rows] / np.float32(255))
+    y = jnp.asarray(data.y_train[rows], jnp.int32)
+    found.append(metrics.label_accuracy(np.asarray(y), find(x, y)))
+  assert np.mean(found) >= 0.97
+
+
 @pytest.mark.parametrize(
   "spec", ["int2(rounding=stochastic)", "int2(rounding=dither)", "randomk"]
 )

@@ -53,7 +53,9 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
 
   For one image the only negative score is the label's (iDLG; Zhao et al. 2020,
   section 3). For more, the number of images of class c in a step is
-  batch * (mean probability of c - gradient of c's bias); the probabilities are
+  batch * (mean probability of c - gradient of c's bias). In an update of one
+  step that is nearly exact, the probabilities are those that the model gives
+  the features which the update itself shows: see `shares`. In others they are
   estimated by the model's answer to noise (as in LLG*, Wainakh et al. 2022,
   section 4.2), or half by it and half as equal, which a trained model's are
   more like, whichever comes nearer to whole numbers. The counts are rounded so
@@ -87,10 +89,12 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   way = observation.learning_rate * work.steps * work.epochs
   if observation.bins is None:
     assert paths.bias is not None  # checked above
-    score = scores(observation.update, classes)
-    shown = jnp.any(trees.get(observation.update, paths.bias) != 0)
+    update = observation.update
+    score = scores(update, classes)
+    shown = jnp.any(trees.get(update, paths.bias) != 0)
     gradient = score / (jnp.where(shown, 1.0, jnp.sum(features)) * way)
   else:
+    update = core.told(observation)
     gradient = gradients(observation, paths, features) / way
   if images == 1:
     return jnp.argmin(gradient).astype(jnp.int32).reshape(1, 1)
@@ -99,10 +103,75 @@ def infer(model: Model, observation: Observation, work: core.Work) -> Array:
   expected = images * (guesses - gradient)
   whole = jax.vmap(lambda e: round_counts(e, images))(expected)
   counts = whole[jnp.argmin(jnp.sum(jnp.square(expected - whole), 1))]
+  if work.steps * work.epochs == 1:
+    assert paths.bias is not None  # checked above
+    kernel = trees.get(update, paths.kernel) / way
+    # Probabilities sum to one, so that the rows of an exact kernel sum to zero;
+    # what they do sum to tells how coarse it is, whatever the codec.
+    left = jnp.sum(jnp.square(jnp.sum(kernel, 1)))
+    exact = left < _EXACT * jnp.sum(jnp.square(kernel))
+    layer = trees.get(params, paths.kernel), trees.get(params, paths.bias)
+    shown = shares(kernel, gradient, *layer, features, mean, images)
+    counts = jnp.where(exact, round_counts(images * shown, images), counts)
   labels = jnp.repeat(
     jnp.arange(classes, dtype=jnp.int32), counts, total_repeat_length=images
   )
   return work.batches(labels)
+
+
+# Of the square of a kernel's entries: some 1.5 % of noise in each.
+_EXACT = 2e-3
+
+
+def shares(
+  kernel: Array,
+  gradient: Array,
+  weights: Array,
+  offset: Array,
+  features: Array,
+  mean: Array,
+  images: int,
+) -> Array:
+  """Share of each class in a batch, [classes] float32, from an exact gradient.
+
+  The last kernel's gradient is the mean over images of features times
+  (probabilities - label). A class that is not there shows the mean features in
+  its column; what its images add to a class's own is then the rest of it. The
+  last layer gives those features their probabilities, and the bias's gradient
+  is a sum of (probabilities - label) over classes, with the shares sought as
+  coefficients. The three are repeated in turns, from the mean probabilities
+  that noise gives. Ma et al. 2023 ("Instance-wise batch label restoration via
+  gradients in federated learning") solve a like system without the turns.
+
+  Args:
+    kernel: [features, classes], gradient of the last kernel.
+    gradient: [classes], of its bias.
+    weights, offset: the last layer, [features, classes] and [classes].
+    features: [features], mean over noise.
+    mean: [classes], mean probabilities of noise.
+    images: in the batch.
+  """
+  classes = len(gradient)
+  spread = jnp.std(features) / 2
+  low, high = jnp.min(features) - spread, jnp.max(features) + spread
+  probabilities = mean
+  found = mean
+  for _ in range(_TURNS):
+    share = jnp.maximum(probabilities - gradient, 0.0)
+    share /= jnp.maximum(jnp.sum(share), 1e-12)
+    absent = share < 0.5 / images
+    weight = jnp.sum(jnp.where(absent, gradient, 0.0))
+    shown = (kernel @ absent) / jnp.maximum(weight, 1e-12)
+    typical = jnp.where(weight > _LEAST, shown, features)
+    own = typical[:, None] * probabilities - kernel
+    own = jnp.clip(own / jnp.maximum(share, 1 / images), low, high)
+    answers = jax.nn.softmax(own.T @ weights + offset)
+    system = jnp.vstack([(answers - jnp.eye(classes)).T, jnp.ones(classes)])
+    found = jnp.linalg.lstsq(system, jnp.append(gradient, 1.0))[0]
+    found = jnp.maximum(found, 0.0)
+    found /= jnp.maximum(jnp.sum(found), 1e-12)
+    probabilities = found @ answers
+  return probabilities - gradient
 
 
 def _features(model: Model, params: Params, x: Array, kernel: tuple) -> Array:
@@ -123,6 +192,8 @@ _WRONG = 0.15
 # Errors of entries that were rounded alike add up where they are as alike.
 _ALIKE = 0.2
 _TURNS = 5
+# Probability of absent classes that shows the features well.
+_LEAST = 0.05
 
 
 def gradients(
