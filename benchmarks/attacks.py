@@ -46,7 +46,7 @@ PEERS = tuple(attacks_peers.SUPPORTED)
 SUITE = (
   "dlg(model=lenet_zhu,images=8),"
   "inverting_gradients(model=lenet_zhu,images=8,iterations=4800),"
-  "inverting_gradients(model=convnet,images=2,iterations=300),"
+  "inverting_gradients(model=convnet,images=4,iterations=600),"
   "inverting_gradients(model=resnet20,images=2,iterations=300),"
   "inverting_gradients(model=resnet18,images=1,iterations=60),"
   "rgap(model=cnn6,images=2)"

@@ -399,7 +399,7 @@ def write(
       }
       for name in by_set
     },
-    "claims": [claim._asdict() for claim in judged],
+    "claims": [c._asdict() | {"words": c.words} for c in judged],
     "ablation": [_plain(a._asdict()) for a in frontier.ablation(results)],
     "frontier": points,
   }
