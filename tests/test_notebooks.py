@@ -20,6 +20,16 @@ def test_outputs_are_stripped(path):
       assert not cell.outputs and cell.execution_count is None
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_begins_with_a_badge_then_installs_and_says_where_it_runs(path):
+  about, install, *_ = nbformat.read(path, as_version=4).cells
+  title, _, badge, *_ = about.source.split("\n")
+  assert title.startswith("# ")
+  assert "colab-badge.svg)](https://colab.research.google.com/" in badge
+  assert '"pip", "install"' in install.source
+  assert "jax.devices()" in install.source and "runs on" in install.source
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
