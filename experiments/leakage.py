@@ -17,7 +17,6 @@ from experiments import adversary, attack, folder, setting, summary
 from experiments.config import Config
 from mpqfl_jax import errors, guard, layers, metrics, precision
 from mpqfl_jax.attacks import core, leakage, objectives
-from mpqfl_jax.report import tables
 from mpqfl_jax.types import Model, Params, Update
 
 # Training images that a policy is searched for, and coordinates of an image
@@ -195,32 +194,3 @@ def _updates(
   )
   pairs = zip(jnp.asarray(x), jnp.asarray(y), strict=True)
   return [simulate(image, label) for image, label in pairs]
-
-
-def markdown(found: dict[str, Any]) -> str:
-  """The table of a run, from `summary.json`."""
-  float32 = found["uplink_bytes_per_client_float32"]
-  lines = [
-    "| Defence | Uplink, bytes | vs float32 | Predicted PSNR, dB (median)"
-    " | of all images |",
-    "| :-- | --: | --: | --: | --: |",
-  ]
-  for spec, entry in found["defenses"].items():
-    size = entry["uplink_bytes_per_client"]
-    low, high = (entry[f"psnr_db_predicted_{e}"] for e in ("min", "max"))
-    lines.append(
-      f"| {spec} | {size:,.0f} | {tables.ratio(size, float32)} |"
-      f" {entry['psnr_db_predicted_median']:.1f} | {low:.1f} to {high:.1f} |"
-    )
-  for name, label in tables.REFERENCE_NAMES.items():
-    value = found["references"][name]["psnr_db_median"]
-    lines.append(f"| _{label}_ | | | {value:.1f} | |")
-  policy = found.get("policy")
-  if policy:
-    lines.append(
-      f"\nThe policy in {policy['path']}: {policy['num_bytes']:,} bytes,"
-      f" {100 * policy['relative_error']:.1f}% squared error, predicted"
-      f" {policy['psnr_db_predicted']:.1f} dB on training images. Use it with"
-      f" --defense={policy['path']}."
-    )
-  return "\n".join(lines)

@@ -42,6 +42,7 @@ from experiments import help as help_page
 from mpqfl_jax import datasets, distributed, errors
 from mpqfl_jax.report import findings, html, records, tables
 from mpqfl_jax.report import costs as costs_report
+from mpqfl_jax.report import leakage as leakage_report
 from mpqfl_jax.report import scaling as scaling_report
 from mpqfl_jax.report import study as study_page
 
@@ -184,20 +185,17 @@ def run(values: config.Config) -> pathlib.Path | None:
   run_dir = measure(values)
   if distributed.is_main():
     summary = json.loads((run_dir / "summary.json").read_text())
+    page = html.write(run_dir)
     if values.task == "leakage":
-      print(leakage.markdown(summary))
-      return run_dir
-    if values.task == "costs":
+      table = leakage_report.markdown(summary)
+    elif values.task == "costs":
       lines = folder.read_lines(run_dir / "costs.jsonl")
-      print(costs_report.markdown(lines))
-      return run_dir
-    if values.task == "scaling":
-      page = scaling_report.write(run_dir)
+      table = costs_report.markdown(lines)
+    elif values.task == "scaling":
       table = scaling_report.markdown(summary["scaling"])
     else:
-      page, table = html.write(run_dir), tables.markdown(summary)
       found = findings.headline(records.read(run_dir))
-      table = "\n".join((table.rstrip("\n"), "", *found))
+      table = "\n".join((tables.markdown(summary).rstrip("\n"), "", *found))
     print(f"{table}\nThe report is {page}")
   return run_dir
 

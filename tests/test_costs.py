@@ -9,6 +9,7 @@ import pytest
 from experiments import attack, config, costs, main, setting
 from mpqfl_jax import ckks, defenses, encrypted, errors, he, trees
 from mpqfl_jax.report import costs as table
+from tests import browser
 
 SPECS = (
   "none",
@@ -55,6 +56,18 @@ def test_every_defence_has_a_line(measured):
     assert summary["defenses"][spec]["costs"] == line
     for name in ("train_seconds", "send_seconds", "server_seconds"):
       assert 0 < line[name] < 10
+
+
+def test_the_page(measured, tmp_path):
+  run, found = measured
+  text = (run / "report.html").read_text()
+  dearest = max(found.values(), key=lambda line: line["uplink_bytes"])
+  assert f"and {dearest['uplink_bytes']:,} ({dearest['defense']})" in (
+    text.replace("\N{NO-BREAK SPACE}", " ")
+  )
+  for spec in SPECS:
+    assert f"{spec}: {found[spec]['uplink_bytes']:,} bytes, client" in text
+  browser.check(run / "report.html", tmp_path)
 
 
 def test_bytes_are_those_of_the_messages(measured):

@@ -1,5 +1,6 @@
 """Policies found by predicted leakage, and the task that finds them."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from experiments import config, main
-from experiments import leakage as task
 from mpqfl_jax import choice, errors, guard, policy, precision
 from mpqfl_jax.attacks import leakage
-from mpqfl_jax.report import tables
+from mpqfl_jax.report import html, tables
+from mpqfl_jax.report import leakage as page
+from tests import browser
 
 PARAMS = {
   "a": {"kernel": jax.ShapeDtypeStruct((40,), jnp.float32)},
@@ -88,7 +90,7 @@ def test_the_bytes_are_those_of_the_message(tmp_path):
 
 def test_what_costs_as_much_as_float32_is_called_the_same():
   psnr = {f"psnr_db_predicted_{e}": 30.0 for e in ("median", "min", "max")}
-  text = task.markdown(
+  text = page.markdown(
     {
       "uplink_bytes_per_client_float32": 1000,
       "defenses": {
@@ -122,6 +124,44 @@ def test_what_is_withheld_reads_as_zero_and_proves_nothing():
   assert len(message) == codec.num_bytes(payload)
 
 
+def test_the_page_of_predicted_leakage(tmp_path):
+  """Written from the files of a run; of its sentences one is computed here."""
+  medians = {"none": 41.0, "int4": 22.5, "int2": 14.0}
+  images = {k: [v - 1, v, v + 2] for k, v in medians.items()}
+  found = {
+    "task": "leakage",
+    "uplink_bytes_per_client_float32": 1000,
+    "defenses": {
+      name: {
+        "uplink_bytes_per_client": 500,
+        "psnr_db_predicted_median": value,
+        "psnr_db_predicted_min": min(images[name]),
+        "psnr_db_predicted_max": max(images[name]),
+      }
+      for name, value in medians.items()
+    },
+    "references": {
+      name: {"psnr_db_median": 12.3 if name == "mean_image" else 8.0}
+      for name in tables.REFERENCE_NAMES
+    },
+  }
+  (tmp_path / "summary.json").write_text(json.dumps(found))
+  settings = dataclasses.asdict(config.make(task="leakage", batch_size=1))
+  (tmp_path / "config.json").write_text(json.dumps(settings))
+  with open(tmp_path / "leakage.jsonl", "w") as f:
+    for name, values in images.items():
+      for v in values:
+        f.write(json.dumps({"defense": name, "psnr_db_predicted": v}) + "\n")
+  text = html.write(tmp_path).read_text()
+  assert "under 2 of 3 defences: none, int4." in text
+  assert "guess without an update (mean training image) has 12.3" in text
+  assert "13.0 to 16.0" in text and "int2: median 14.0 dB" in text
+  browser.check(tmp_path / "report.html", tmp_path)
+  (tmp_path / "leakage.jsonl").write_text("")
+  with pytest.raises(errors.UserError, match="is not of the run"):
+    html.write(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_task_finds_a_policy_that_leaks_less_than_uniform_int4(tmp_path):
   def predict(name, **changes):
@@ -140,6 +180,7 @@ def test_the_task_finds_a_policy_that_leaks_less_than_uniform_int4(tmp_path):
   found = json.loads((first / "summary.json").read_text())
   lines = (first / "leakage.jsonl").read_text().splitlines()
   assert len(lines) == 2 * 3
+  assert "The policy in " in (first / "report.html").read_text()
   none, int4 = (found["defenses"][name] for name in ("none", "int4"))
   assert none["psnr_db_predicted_median"] > 35
   assert found["policy"]["num_bytes"] <= 6900

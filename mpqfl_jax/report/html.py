@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpqfl_jax.report import (
+  costs,
   figures,
   findings,
   grid,
+  leakage,
   page,
   records,
+  scaling,
   study,
   style,
   tables,
@@ -69,8 +72,15 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: the folder holds no finished run.
   """
-  if records.task(run_dir) == "study":
-    return study.write(run_dir)
+  task = records.task(run_dir)
+  own = {
+    "study": study.write,
+    "scaling": scaling.write,
+    "leakage": leakage.write,
+    "costs": costs.write,
+  }
+  if task in own:
+    return own[task](run_dir)
   run = records.read(run_dir)
   table = tables.rows(run.summary)
   headline, *more = findings.headline(run)

@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from mpqfl_jax.report import tables
+
 
 def write(folder: pathlib.Path, template: str, **values: Any) -> pathlib.Path:
   """Renders a template into a run's folder.
@@ -36,6 +38,36 @@ def write(folder: pathlib.Path, template: str, **values: Any) -> pathlib.Path:
   text = environment.get_template(template).render(values)
   path.write_text(text, encoding="utf-8")
   return path
+
+
+def write_table(
+  folder: pathlib.Path, config: dict[str, Any], **values: Any
+) -> pathlib.Path:
+  """A page of some sentences, one figure and one table.
+
+  Args:
+    folder: the run's.
+    config: of the run.
+    **values: what else `table.html` names: `title`, `sentences`, `figure`,
+      `headings`, `rows`, `references` (rows of what is no defence), `note`.
+
+  Returns:
+    Path of `report.html`.
+  """
+  subtitle = [
+    config["dataset"],
+    config["model"],
+    f"{config['num_clients']:,} clients",
+    f"batches of {config['batch_size']}",
+    f"seed {config['seed']}",
+  ]
+  return write(
+    folder,
+    "table.html",
+    subtitle=" · ".join(subtitle),
+    config=list(tables.flat(config)),
+    **values,
+  )
 
 
 def _data_uri(path: pathlib.Path) -> str:

@@ -128,6 +128,27 @@ def task(run_dir: str | pathlib.Path) -> str | None:
   return setting(_json(path), "task") if path.is_file() else None
 
 
+def finished(
+  run_dir: str | pathlib.Path, name: str
+) -> tuple[pathlib.Path, dict[str, Any], dict[str, Any]]:
+  """A finished run of one task: its folder, summary and config.
+
+  Makes the folder `figures/` in it.
+
+  Raises:
+    UserError: the folder holds no finished run of that task.
+  """
+  folder = pathlib.Path(run_dir)
+  path = folder / "summary.json"
+  summary = _json(path) if path.is_file() else {}
+  if summary.get("task") != name:
+    raise errors.UserError(
+      f"{path} has no figures; expected the summary of a {name} task."
+    )
+  (folder / "figures").mkdir(exist_ok=True)
+  return folder, summary, _json(folder / "config.json")
+
+
 def _json(path: pathlib.Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())

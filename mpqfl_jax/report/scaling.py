@@ -1,15 +1,13 @@
 """The page and the figure of a `scaling` run: cost against clients."""
 
 from collections.abc import Callable, Iterator, Sequence
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 from matplotlib import ticker
 import numpy as np
 
-from mpqfl_jax import errors
-from mpqfl_jax.report import page, style, tables
+from mpqfl_jax.report import figures, page, records, style, tables
 
 
 class Panel(NamedTuple):
@@ -49,6 +47,7 @@ PANELS = (
     "test_accuracy", "Test accuracy, share", lambda v: f"{100 * v:.1f}%", False
   ),
 )
+_HEADINGS = ("Defense", "Clients a round", *(p.heading for p in PANELS))
 _KEYS = "Making keys for encryption, CPU seconds"
 
 
@@ -58,9 +57,8 @@ def markdown(lines: list[dict[str, Any]]) -> str:
   Args:
     lines: of `scaling.jsonl`.
   """
-  head = ["Defense", "Clients a round", *(p.heading for p in PANELS)]
-  rule = [":--", *["--:"] * (len(head) - 1)]
-  return tables.joined([head, rule, *_rows(lines)])
+  rule = [":--", *["--:"] * (len(_HEADINGS) - 1)]
+  return tables.joined([_HEADINGS, rule, *_rows(lines)])
 
 
 def _rows(lines: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -103,28 +101,36 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   Raises:
     UserError: the folder holds no finished `scaling` run.
   """
-  folder = pathlib.Path(run_dir)
-  summary = json.loads((folder / "summary.json").read_text())
-  config = json.loads((folder / "config.json").read_text())
-  lines = summary.get("scaling")
-  if not lines:
-    raise errors.UserError(
-      f"{folder / 'summary.json'} has no figures; expected the summary of a"
-      " scaling task."
-    )
-  (folder / "figures").mkdir(exist_ok=True)
-  image = folder / "figures" / "scaling.png"
-  draw(lines, summary.get("encryption")).savefig(image)
-  return page.write(
+  folder, summary, config = records.finished(run_dir, "scaling")
+  lines = summary["scaling"]
+  path = folder / "figures" / "scaling.png"
+  draw(lines, summary.get("encryption")).savefig(path)
+  plan, devices = lines[0]["plan"], lines[0]["devices"]
+  side = f", {plan['size']} clients side by side" if plan["size"] > 1 else ""
+  host = config["host"]
+  return page.write_table(
     folder,
-    "scaling.html",
-    config=config,
-    headings=[p.heading for p in PANELS],
-    image=image,
-    rows=list(_rows(lines)),
+    config,
+    title="Cost against clients",
     sentences=list(sentences(lines)),
-    plan=lines[0]["plan"],
-    devices=lines[0]["devices"],
+    figure=figures.Figure(
+      path,
+      "Cost against clients",
+      "Panels over the clients of a round: seconds, client updates a second,"
+      " uplink bytes, peak memory, test accuracy, and seconds for making keys"
+      " where costs of encryption were given. The table below has the numbers.",
+      "Median of the rounds after the first, tests left out; compiling is not"
+      " in it. Every point is a process of its own.",
+      860,
+    ),
+    headings=_HEADINGS,
+    rows=list(_rows(lines)),
+    references=[],
+    note=(
+      f"Plan {plan['name']}{side} ({plan['reason']}), on {devices}"
+      f" {host['backend']} device{'' if devices == 1 else 's'}, {host['cores']}"
+      " cores."
+    ),
   )
 
 
