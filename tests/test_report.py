@@ -516,6 +516,24 @@ def test_attacks_of_both_kinds_that_fail_are_named_as_tried(images, tmp_path):
   assert "may still succeed" in said["paper"].privacy
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_labels_that_were_read_are_told_where_no_image_was(
+  images, tmp_path, known
+):
+  folder = tmp_path / "run"
+  defenses = {"none": _attacked(**CLEAR), "paper": _attacked(**HIDDEN)}
+  _small(folder, images, defenses=defenses)
+  _mark(
+    folder,
+    "paper",
+    lambda i, line: {"label_correct": i != 1, "labels_known": known},
+  )
+  said = {v.defense: v for v in findings.verdicts(records.read(folder))}
+  words = "Labels were read all the same: 2 of 3 by dlg (blind)."
+  assert said["paper"].status == "stopped"
+  assert (words in said["paper"].privacy) != known
+
+
 def test_an_attack_that_never_works_proves_nothing(images, tmp_path):
   r, said = _say(
     images, tmp_path, none=_attacked(**HIDDEN), paper=_attacked(**HIDDEN)
@@ -524,6 +542,8 @@ def test_an_attack_that_never_works_proves_nothing(images, tmp_path):
   assert "fail on undefended updates too" in said["paper"].privacy
   first, second, *_ = findings.headline(r)
   assert "No image was rebuilt" in first
+  # Of undefended updates nothing is said beside themselves.
+  assert "undefended updates too" not in first
   assert second == "1 of 1 defence not shown to stop anything: paper."
 
 
@@ -642,6 +662,8 @@ def test_rounds_are_told_apart(images, tmp_path):
   assert "dlg (blind, round 1) rebuilt 2 of 2 images" in text
   page = html.write(folder).read_text()
   assert "blind, round 1<" in page and "blind, round 45<" in page
+  assert "dlg, blind, round 1 on none 60.0 dB" in page
+  assert "dlg, blind, round 45 on none 12.0 dB" in page
 
 
 def test_a_run_that_learnt_nothing_says_so(images, tmp_path):

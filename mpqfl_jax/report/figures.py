@@ -250,10 +250,13 @@ def _tradeoff(
 def _distribution(
   run: records.Run, known: dict[str, style.Style], folder: pathlib.Path
 ) -> Iterator[Figure]:
-  panels: dict[tuple[str, str], dict[str, list[float]]] = {}
+  panels: dict[str, dict[str, list[float]]] = {}
+  several = len({line["round"] for line in run.attacks}) > 1
   for line in run.attacks:
     if line.get("psnr_db") is not None:
-      key = (line["attack"], line["knowledge"])
+      key = f"{line['attack']}, {line['knowledge']}"
+      # Weights that were trained for long give less away: no median of both.
+      key += f", round {line['round']}" * several
       panel = panels.setdefault(key, {})
       panel.setdefault(line["defense"], []).append(line["psnr_db"])
   if not panels:
@@ -268,9 +271,7 @@ def _distribution(
   highest = max(max(v) for p in panels.values() for v in p.values())
   for ax in grid_axes.flat[len(panels) :]:
     ax.set_visible(False)
-  for ax, ((attack, knowledge), panel) in zip(
-    grid_axes.flat, panels.items(), strict=False
-  ):
+  for ax, (title, panel) in zip(grid_axes.flat, panels.items(), strict=False):
     style.clean(ax, grid="x")
     for row, name in enumerate(names):
       values = np.sort(panel.get(name, []))
@@ -292,9 +293,7 @@ def _distribution(
       )
       middle = np.median(values)
       ax.plot([middle] * 2, [row - 0.34, row + 0.34], color=style.INK, lw=2)
-    ax.set_title(
-      f"{attack}, {knowledge}", fontsize=10, loc="left", color=style.INK, pad=16
-    )
+    ax.set_title(title, fontsize=10, loc="left", color=style.INK, pad=16)
     ax.set_yticks(
       range(len(names)), [style.wrapped(known[n].label) for n in names]
     )
@@ -307,8 +306,8 @@ def _distribution(
   path = folder / "psnr.png"
   fig.savefig(path)
   medians = [
-    f"{attack} ({knowledge}) on {name} {np.median(panel[name]):.1f} dB"
-    for (attack, knowledge), panel in panels.items()
+    f"{title} on {name} {np.median(panel[name]):.1f} dB"
+    for title, panel in panels.items()
     for name in names
     if name in panel
   ]

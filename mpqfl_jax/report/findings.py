@@ -283,6 +283,8 @@ def _verdict(
   if "none" not in run.summary["defenses"]:
     text = f"{none_good}, but no undefended run shows that they work at all."
     return verdict("open", "Not shown", text)
+  if defense == "none":
+    return verdict("open", "Not shown", f"{none_good}.")
   tried = [s for s in scores if s.cell.attack in works]
   if not tried:
     text = (
@@ -304,6 +306,7 @@ def _verdict(
       f" {found.hits} of {found.trials} reconstructions by {spotted.name} {lie}"
       " nearest to the original, which may be chance."
     )
+  text += _labels(run, defense, scores)
   if any(s.cell.knowledge != "blind" for s in tried):
     text += " Attacks that were not tried may still succeed."
     return verdict("stopped", "Stopped the attacks tried", text)
@@ -311,6 +314,19 @@ def _verdict(
   which = "this blind attack" if len(attacks) == 1 else "these blind attacks"
   text += " No attack that knows the codec was tried."
   return verdict("stopped", f"Stopped {which} ({', '.join(attacks)})", text)
+
+
+def _labels(run: records.Run, defense: str, scores: Sequence[_Score]) -> str:
+  """That labels were read all the same, where most of them were."""
+  best: tuple[float, str] = (0.5, "")
+  for s in scores:
+    lines = attack_lines(run, defense, s.cell)
+    found = [x["label_correct"] for x in lines if not x.get("labels_known")]
+    found = [bool(x) for x in found if x is not None]
+    if found and np.mean(found) > best[0]:
+      text = f" Labels were read all the same: {sum(found)} of {len(found)}"
+      best = (float(np.mean(found)), f"{text} by {s.name}.")
+  return best[1]
 
 
 def _blind_contrast(scores: Sequence[_Score], worst: _Score) -> str:
@@ -430,7 +446,7 @@ def _beside(difference_db: float) -> str:
 def _phrase(verdict: Verdict) -> str:
   return {
     "Leaks": "let an attack rebuild images",
-    "Leaks in part": "leaked in part",
+    "Leaks in part": "leaked in part (more than a guess shows)",
     "Ciphertext": "left the server nothing to read",
     "Not shown": "not shown to stop anything",
   }.get(verdict.label, verdict.label[0].lower() + verdict.label[1:])
