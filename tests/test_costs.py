@@ -109,7 +109,14 @@ def test_keys_of_their_own_grow_with_the_clients_and_shared_ones_do_not():
   assert (few.key_pairs, many.key_pairs) == (5, 50)
   # Compressed, a key is a few bytes longer or shorter than another.
   assert many.key_bytes == pytest.approx(10 * few.key_bytes, rel=0.01)
-  assert 3 < many.key_seconds / few.key_seconds < 30
+  # The least of several: a pause of the machine is no key's cost.
+  times = {
+    n: min(
+      encrypted.keys_for(chosen["per_client"], n).key_seconds for _ in range(4)
+    )
+    for n in (5, 50)
+  }
+  assert 3 < times[50] / times[5] < 30
   few, many = (encrypted.keys_for(chosen["shared"], n) for n in (5, 50))
   assert (few.key_pairs, many.key_pairs) == (1, 1)
   assert many.key_bytes * 4 == pytest.approx(few.key_bytes * 49, rel=0.01)
