@@ -268,7 +268,8 @@ def check(config: Config) -> None:
     if config.attack and late:
       raise errors.UserError(
         f"--attack_rounds names round {late[0]}, but rounds go from 1 to"
-        f" --rounds={config.rounds}."
+        f" --rounds={config.rounds}. Name rounds of those, such as"
+        f" --attack_rounds=1,{config.rounds}, or train for more."
       )
   if config.task == "study":
     _check_study(config)

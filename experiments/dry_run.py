@@ -267,7 +267,7 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
   lines = []
   if len(rows) > 1:
     lines = [
-      f"Costs of attacks on {updates} updates of {shape}, from"
+      f"Costs of attacks on {updates} updates of at most {shape}, from"
       f" {ITERATIONS} iterations; a search that is done ends before the last:",
       *columns.aligned(rows),
     ]
