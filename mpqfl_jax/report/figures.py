@@ -341,29 +341,7 @@ def _references(
   reference = (run.summary.get("references") or {}).get("mean_image") or {}
   if reference.get("psnr_db_median") is not None:
     marks.append((reference["psnr_db_median"], "mean image", style.MUTED))
-  rules: list[mpl_lines.Line2D] = []
-  notes: list[mpl_text.Text] = []
-  # The lower one is written to the left of its line, the other to the right.
-  marks.sort()
-  for i, (value, text, color) in enumerate(marks):
-    left = i == 0 and len(marks) > 1
-    rules.append(
-      ax.axvline(value, color=color, lw=1, linestyle=(0, (4, 3)), zorder=1)
-    )
-    notes.append(
-      ax.annotate(
-        text,
-        (value, 1),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(-3 if left else 3, 2 if above else -2),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="bottom" if above else "top",
-        fontsize=8,
-        color=color,
-      )
-    )
-  return rules, notes
+  return style.rules(ax, marks, above)
 
 
 def _widen_log(ax: mpl_axes.Axes, values: list[float]) -> None:

@@ -492,23 +492,4 @@ def _rules(ax, results: Results, dataset: str):
   if best is not None:
     name = tables.REFERENCE_NAMES.get(best[0], best[0])
     marks.append((best[1], f"best guess: {name}", style.MUTED))
-  rules, notes = [], []
-  for value, text, color in sorted(marks):
-    left = value < metrics.SUCCESS_DB
-    rules.append(
-      ax.axvline(value, color=color, lw=1, linestyle=(0, (4, 3)), zorder=1)
-    )
-    notes.append(
-      ax.annotate(
-        text,
-        (value, 1),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(-3 if left else 3, 2),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="bottom",
-        fontsize=8,
-        color=color,
-      )
-    )
-  return rules, notes
+  return style.rules(ax, marks)

@@ -115,22 +115,11 @@ def _draw(
       linewidth=2,
     )
   guess = found["references"]["mean_image"]["psnr_db_median"]
-  for value, text, color in (
+  marks = (
     (metrics.SUCCESS_DB, f"{metrics.SUCCESS_DB:.0f} dB", style.ALERT),
     (guess, "mean image", style.MUTED),
-  ):
-    ax.axvline(value, color=color, linewidth=1, linestyle="--")
-    left = value == min(guess, metrics.SUCCESS_DB)
-    ax.annotate(
-      text,
-      (value, 1),
-      xycoords=ax.get_xaxis_transform(),
-      xytext=(-3 if left else 3, 2),
-      textcoords="offset points",
-      ha="right" if left else "left",
-      fontsize=8,
-      color=color,
-    )
+  )
+  style.rules(ax, marks)
   ax.set_yticks(range(len(images)), [looks[spec].label for spec in images])
   ax.set_ylim(len(images) - 0.5, -0.5)
   ax.set_xlim(left=0)

@@ -211,6 +211,45 @@ def text_width(text: str, size: float) -> int:
   return math.ceil(width * DPI / 72)
 
 
+def rules(
+  ax: mpl_axes.Axes,
+  marks: Iterable[tuple[float, str, str]],
+  above: bool = True,
+) -> tuple[list[mpl_lines.Line2D], list[mpl_text.Text]]:
+  """Dashed lines across a plot of dB, and their names at the top.
+
+  Of several the lowest is named on the left of its line, the others on the
+  right.
+
+  Args:
+    ax: the plot.
+    marks: (place on the x axis, name, colour).
+    above: whether names stand above the plot; else inside.
+  """
+  lines: list[mpl_lines.Line2D] = []
+  notes: list[mpl_text.Text] = []
+  ordered = sorted(marks)
+  for i, (value, text, color) in enumerate(ordered):
+    left = i == 0 and len(ordered) > 1
+    lines.append(
+      ax.axvline(value, color=color, lw=1, linestyle=(0, (4, 3)), zorder=1)
+    )
+    notes.append(
+      ax.annotate(
+        text,
+        (value, 1),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(-3 if left else 3, 2 if above else -2),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="bottom" if above else "top",
+        fontsize=8,
+        color=color,
+      )
+    )
+  return lines, notes
+
+
 def label_points(
   ax: mpl_axes.Axes,
   points: Sequence[tuple[float, float]],
