@@ -155,7 +155,6 @@ def shares(
   spread = jnp.std(features) / 2
   low, high = jnp.min(features) - spread, jnp.max(features) + spread
   probabilities = mean
-  found = mean
   for _ in range(_TURNS):
     share = jnp.maximum(probabilities - gradient, 0.0)
     share /= jnp.maximum(jnp.sum(share), 1e-12)

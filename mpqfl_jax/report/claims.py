@@ -401,7 +401,9 @@ def pruning_is_delicate(results: Results) -> Claim:
   )
   found = {}
   for name in evidence.datasets(results) if len(sparse) >= 3 else ():
-    works, unknown, told = [], [], []
+    works: list[float] = []
+    unknown: list[float] = []
+    told: list[str] = []
     for defense, ratio in sorted(sparse.items(), key=lambda item: item[1]):
       hides = stopped(results, name, defense, None)
       pair = evidence.accuracy_difference(results, name, "none", defense)
@@ -413,12 +415,9 @@ def pruning_is_delicate(results: Results) -> Claim:
         drop.value if end is None else end for end in (drop.low, drop.high)
       )
       # A ratio works if it does both; to know that one fails is enough.
-      if hides.verdict == FAILS or low >= MINIMAL_POINTS:
-        pass
-      elif hides.verdict == HOLDS and high < MINIMAL_POINTS:
-        works.append(ratio)
-      else:
-        unknown.append(ratio)
+      if hides.verdict != FAILS and low < MINIMAL_POINTS:
+        sure = hides.verdict == HOLDS and high < MINIMAL_POINTS
+        (works if sure else unknown).append(ratio)
       does = {HOLDS: "stops", FAILS: "leaks", OPEN: "may leak"}[hides.verdict]
       cost = tables.fixed(drop.value, 1).replace("-", tables.MINUS)
       told.append(f"{ratio:g} {does} and costs {cost} points")

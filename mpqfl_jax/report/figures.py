@@ -1,10 +1,10 @@
 """The figures of a run, drawn on white and saved as PNG."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import math
 import pathlib
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import axes as mpl_axes
 from matplotlib import lines as mpl_lines
@@ -209,7 +209,7 @@ def _tradeoff(
   room = 0.2 * (high - low)
   # Room below and above for labels; the references are written at the top.
   axes[0].set_ylim(low - room, high + 1.6 * room)
-  rules, notes = _references(axes[-1], run) if privacy else ([], [])
+  rules, notes = references(axes[-1], run.summary) if privacy else ([], [])
   fig.canvas.draw()
   # From here on the layout stands still: labels are placed in pixels.
   fig.set_layout_engine("none")
@@ -247,6 +247,51 @@ def _tradeoff(
   )
 
 
+def strips(
+  ax: mpl_axes.Axes,
+  names: Sequence[str],
+  panel: dict[str, list[float]],
+  known: dict[str, style.Style],
+  highest: float,
+) -> None:
+  """A row a defence: a mark for each value in dB, a bar at their median.
+
+  Args:
+    ax: the plot.
+    names: of the rows, from the top.
+    panel: the values; a name without any was not attacked.
+    known: the style of each name.
+    highest: of the values of all plots that share the axis.
+  """
+  style.clean(ax, grid="x")
+  for row, name in enumerate(names):
+    values = np.sort(panel.get(name, []))
+    if not values.size:
+      ax.text(
+        1, row, "not attacked", fontsize=8, va="center", color=style.MUTED
+      )
+      continue
+    look = known[name]
+    jitter = 0.13 * np.array([-1, 1, 0])[np.arange(len(values)) % 3]
+    ax.plot(
+      values,
+      row + jitter,
+      look.marker,
+      color=look.color,
+      alpha=0.65,
+      markersize=5,
+      markeredgewidth=0,
+    )
+    middle = np.median(values)
+    ax.plot([middle] * 2, [row - 0.34, row + 0.34], color=style.INK, lw=2)
+  ax.set_yticks(
+    range(len(names)), [style.wrapped(known[n].label) for n in names]
+  )
+  ax.set_ylim(len(names) - 0.5, -0.5)
+  ax.set_xlim(0, max(26, 1.05 * highest))
+  ax.tick_params(axis="y", length=0, labelcolor=style.INK)
+
+
 def _distribution(
   run: records.Run, known: dict[str, style.Style], folder: pathlib.Path
 ) -> Iterator[Figure]:
@@ -272,35 +317,9 @@ def _distribution(
   for ax in grid_axes.flat[len(panels) :]:
     ax.set_visible(False)
   for ax, (title, panel) in zip(grid_axes.flat, panels.items(), strict=False):
-    style.clean(ax, grid="x")
-    for row, name in enumerate(names):
-      values = np.sort(panel.get(name, []))
-      if not values.size:
-        ax.text(
-          1, row, "not attacked", fontsize=8, va="center", color=style.MUTED
-        )
-        continue
-      look = known[name]
-      jitter = 0.13 * np.array([-1, 1, 0])[np.arange(len(values)) % 3]
-      ax.plot(
-        values,
-        row + jitter,
-        look.marker,
-        color=look.color,
-        alpha=0.65,
-        markersize=5,
-        markeredgewidth=0,
-      )
-      middle = np.median(values)
-      ax.plot([middle] * 2, [row - 0.34, row + 0.34], color=style.INK, lw=2)
+    strips(ax, names, panel, known, highest)
     ax.set_title(title, fontsize=10, loc="left", color=style.INK, pad=16)
-    ax.set_yticks(
-      range(len(names)), [style.wrapped(known[n].label) for n in names]
-    )
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xlim(0, max(26, 1.05 * highest))
-    ax.tick_params(axis="y", length=0, labelcolor=style.INK)
-    _references(ax, run, above=True)
+    references(ax, run.summary, above=True)
   for ax in grid_axes[-1]:
     ax.set_xlabel("PSNR, dB", fontsize=10)
   path = folder / "psnr.png"
@@ -333,12 +352,12 @@ def _grids(
     yield Figure(path, drawn.title, drawn.alt, drawn.caption, drawn.width)
 
 
-def _references(
-  ax: mpl_axes.Axes, run: records.Run, above: bool = False
+def references(
+  ax: mpl_axes.Axes, summary: dict[str, Any], above: bool = False
 ) -> tuple[list[mpl_lines.Line2D], list[mpl_text.Text]]:
   """Lines at the best guess without an attack and at 20 dB, and their text."""
   marks = [(metrics.SUCCESS_DB, f"{metrics.SUCCESS_DB:.0f} dB", style.ALERT)]
-  reference = (run.summary.get("references") or {}).get("mean_image") or {}
+  reference = (summary.get("references") or {}).get("mean_image") or {}
   if reference.get("psnr_db_median") is not None:
     marks.append((reference["psnr_db_median"], "mean image", style.MUTED))
   return style.rules(ax, marks, above)

@@ -96,33 +96,9 @@ def _draw(
   looks = style.styles(images)
   fig = style.new_figure(8, 1.4 + 0.36 * len(images))
   ax = fig.subplots()
-  style.clean(ax, "x")
-  for place, (spec, values) in enumerate(images.items()):
-    look = looks[spec]
-    ax.plot(
-      values,
-      np.full(len(values), place),
-      look.marker,
-      color=look.color,
-      markersize=5,
-      alpha=0.6,
-      linestyle="",
-    )
-    ax.plot(
-      [np.median(values)] * 2,
-      [place - 0.32, place + 0.32],
-      color=style.INK,
-      linewidth=2,
-    )
-  guess = found["references"]["mean_image"]["psnr_db_median"]
-  marks = (
-    (metrics.SUCCESS_DB, f"{metrics.SUCCESS_DB:.0f} dB", style.ALERT),
-    (guess, "mean image", style.MUTED),
-  )
-  style.rules(ax, marks)
-  ax.set_yticks(range(len(images)), [looks[spec].label for spec in images])
-  ax.set_ylim(len(images) - 0.5, -0.5)
-  ax.set_xlim(left=0)
+  highest = max(map(max, images.values()))
+  figures.strips(ax, list(images), images, looks, highest)
+  figures.references(ax, found, above=True)
   ax.set_xlabel("Predicted PSNR, dB", fontsize=10, color=style.INK)
   fig.savefig(path)
   said = "; ".join(
