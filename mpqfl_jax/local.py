@@ -54,12 +54,19 @@ class Schedule(NamedTuple):
   def _steps_per_epoch(self, size: Array) -> Array:
     return -(-size // self.batch_size)
 
+  @property
+  def _room(self) -> int:
+    """`max_examples`, rounded up to a power of two.
+
+    What is beyond changes no batch. Populations of other seeds, whose largest
+    clients differ, so share one program, and a cache of programs serves them.
+    """
+    return 1 << (self.max_examples - 1).bit_length()
+
   def _permutation(self, key: Key, epoch: Array, size: Array) -> Array:
-    """[max_examples] int32: the epoch's order of its examples."""
-    draw = jax.random.uniform(
-      jax.random.fold_in(key, epoch), (self.max_examples,)
-    )
-    slot = jnp.arange(self.max_examples)
+    """[room] int32: the epoch's order of its examples."""
+    draw = jax.random.uniform(jax.random.fold_in(key, epoch), (self._room,))
+    slot = jnp.arange(self._room)
     return jnp.argsort(jnp.where(slot < size, draw, 2.0))
 
   def expected(self, size: Array) -> Array:
@@ -118,7 +125,7 @@ class Schedule(NamedTuple):
       rows = order[offset + permutation[jnp.where(mask, slot, 0)]]
       return permutation, fn(carry, step, rows, mask.astype(jnp.float32))
 
-    start = (jnp.zeros(self.max_examples, jnp.int32), carry)
+    start = (jnp.zeros(self._room, jnp.int32), carry)
     return lax.fori_loop(0, self.num_steps(size), body, start)[1]
 
   def rows(

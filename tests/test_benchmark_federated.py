@@ -177,9 +177,14 @@ def _benchmark(tmp_path, *flags):
 def test_our_system_does_the_work_under_every_plan(tmp_path, model):
   rows = _benchmark(tmp_path, f"--model={model}", "--plan=auto,chunk(size=2)")
   assert len(rows) == 2
+  # A maximum or a ReLU that rounding tips over moves the update of `cnn` by
+  # 1e-4 to 1e-3 of its length (the float64 round with float32's noise in its
+  # activations does so), and which one tips hangs on the processor.
+  smooth = federated_task.ARCHITECTURES[model]["sigmoid"]
+  tolerance = 1e-4 if smooth else federated.TOLERANCE
   for row in rows:
     assert row["system"] == "mpqfl_jax" and row["clients"] == 3
-    assert row["update_error"] < 1e-4
+    assert row["update_error"] < tolerance
     for key in (
       "version",
       "plan",

@@ -134,6 +134,16 @@ def test_gradient_equals_numpy(client):
   np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
 
 
+def test_populations_of_other_draws_share_a_program():
+  def program(largest):
+    schedule = _schedule(max_examples=largest)
+    rows = jax.jit(lambda *a: schedule.rows(*a, steps=4))
+    order = jnp.arange(30)
+    return rows.lower(KEY, jnp.int32(0), jnp.int32(9), order).as_text()
+
+  assert program(9) == program(10) == program(16) != program(17)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "gradient"])
 def test_padding_changes_nothing(kind):
   # A larger max_examples only adds padding.
