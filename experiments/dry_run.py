@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import adversary, attack, folder, setting, summary, train
+from experiments import (
+  adversary,
+  attack,
+  folder,
+  setting,
+  summary,
+  train,
+  view,
+)
 from experiments.config import Config
 from mpqfl_jax import (
   accounting,
@@ -235,7 +243,7 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
   left = []
   for spec in config.attack:
     whole = adversary.make(
-      spec, model, shape, built.data.x_train[: adversary.FEW_AUXILIARY]
+      spec, model, shape, built.data.x_train[: view.FEW_AUXILIARY]
     )
     if isinstance(whole, attacks.Direct):
       left.append(spec)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from typing import Any
+import zlib
 
 import jax
 import numpy as np
@@ -277,8 +278,14 @@ def keep_lines(
 
 
 def slug(text: str) -> str:
-  """A file name for a defence or an attack."""
-  return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-")
+  """A file name for a defence or an attack, another one for each.
+
+  Wildcards, which file names should not hold, are told apart by a checksum.
+  """
+  name = re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-")
+  if re.search(r"[*?!\[\]]", text):
+    name += f"-{zlib.crc32(text.encode()):08x}"
+  return name
 
 
 def number(value: Any) -> float | None:

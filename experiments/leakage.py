@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments import adversary, attack, folder, setting, summary
+from experiments import attack, folder, setting, summary, view
 from experiments.config import Config
 from mpqfl_jax import errors, guard, layers, metrics, precision
 from mpqfl_jax.attacks import core, leakage, objectives
@@ -49,8 +49,8 @@ def run(
     d.spec: attack.updates(config, built, d, sent) for d in built.defenses
   }
   first = next(iter(by_defense.values()))[0]
-  auxiliary = adversary.auxiliary_images(built, first)
-  truths = [adversary.truth(built, w) for w in first]
+  auxiliary = view.auxiliary_images(built, first)
+  truths = [view.truth(built, w) for w in first]
   x = np.concatenate([images for images, _ in truths])
   y = np.concatenate([labels for _, labels in truths])
   sensitivities = leakage.sensitivity(
@@ -65,7 +65,7 @@ def run(
   (run_dir / "leakage.jsonl").unlink(missing_ok=True)
   entries = {}
   for spec, (watched, lengths) in by_defense.items():
-    seen = [adversary.observe(config, w, "adaptive", y) for w in watched]
+    seen = [view.observe(config, w, "adaptive", y) for w in watched]
     known = [
       [_known(np.asarray(v)) for v in jax.tree.leaves(o.bins.variance)]
       for o in seen
@@ -122,9 +122,9 @@ def check(config: Config, built: setting.Setting) -> None:
         f"--task=leakage with --defense={defense.spec}: a ciphertext shows"
         " nothing, so there is nothing to predict. Expected other defences."
       )
-  if len(built.data.x_train) < adversary.FEW_AUXILIARY:
+  if len(built.data.x_train) < view.FEW_AUXILIARY:
     raise errors.UserError(
-      f"--task=leakage needs {adversary.FEW_AUXILIARY} training images for its"
+      f"--task=leakage needs {view.FEW_AUXILIARY} training images for its"
       f" prior, and {config.dataset} has {len(built.data.x_train)}."
     )
 
@@ -148,7 +148,7 @@ def _guard(
     x,
     y,
     config.client_lr,
-    adversary.images_beside(data.x_train, data.x_train[rows]),
+    view.images_beside(data.x_train, data.x_train[rows]),
     min(_COMPONENTS, x[0].size),
   )
   updates = _updates(config, model, params, x, y)

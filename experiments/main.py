@@ -40,11 +40,10 @@ from experiments import (
 )
 from experiments import help as help_page
 from mpqfl_jax import datasets, distributed, errors
-from mpqfl_jax.report import findings, html, records, tables
+from mpqfl_jax.report import findings, html, records, study_tables, tables
 from mpqfl_jax.report import costs as costs_report
 from mpqfl_jax.report import leakage as leakage_report
 from mpqfl_jax.report import scaling as scaling_report
-from mpqfl_jax.report import study as study_page
 
 
 class _Task(NamedTuple):
@@ -180,7 +179,7 @@ def run(values: config.Config) -> pathlib.Path | None:
     folder.check(values.output_dir, values.overwrite, values.resume)
     run_dir = study.run(values, measure)
     page = html.write(run_dir)
-    print(f"{study_page.markdown(run_dir)}\nThe report is {page}")
+    print(f"{study_tables.markdown(run_dir)}\nThe report is {page}")
     return run_dir
   run_dir = measure(values)
   if distributed.is_main():

@@ -22,6 +22,7 @@ from experiments import (
   main,
   observations,
   setting,
+  view,
 )
 from mpqfl_jax import (
   attacks,
@@ -314,7 +315,7 @@ def test_an_entry_in_either_of_scaffolds_messages_is_known():
   )
   both = Bins(*zip(*map(codec.bins, payloads), strict=True))
   pair = tuple(map(codec.decode, payloads))
-  _, bins = adversary.without_drift(watched, pair, both)
+  _, bins = view.without_drift(watched, pair, both)
   sent = np.any([~np.isinf(codec.bins(p).variance["a"]) for p in payloads], 0)
   assert 20 < sent.sum() < 40
   np.testing.assert_array_equal(bins.variance["a"], np.where(sent, 0, np.inf))
@@ -357,7 +358,7 @@ def test_an_attack_on_scaffold_sees_gradients_without_drift(tmp_path):
       lambda p: models.cross_entropy(built.model, p, x, y).mean()
     )(w.params)
     assert w.variates is not None and np.any(jax.tree.leaves(w.variates)[0])
-    got = adversary.observe(values, w, "adaptive", y)
+    got = view.observe(values, w, "adaptive", y)
     span = max(
       np.ptp(leaf)
       for leaf in jax.tree.leaves(defense.codec.decode(w_payload(w)))
@@ -475,7 +476,7 @@ def test_auxiliary_images_hold_no_attacked_one(attacked):
     0.1,
     None,
   )
-  images = adversary.auxiliary_images(built, [watched])
+  images = view.auxiliary_images(built, [watched])
   assert len(images) == len(built.data.x_train) - 3
   have = {image.tobytes() for image in images}
   assert not any(built.data.x_train[row].tobytes() in have for row in rows)
@@ -574,7 +575,7 @@ def test_heuristics_train_and_what_mixed_the_batches_is_kept(tmp_path):
       w.mixing, mixing.mixup.weights(batches, steps)
     )
     for knowledge in config.KNOWLEDGE:
-      seen = adversary.observe(values, w, knowledge, np.zeros(len(w.rows), int))
+      seen = view.observe(values, w, knowledge, np.zeros(len(w.rows), int))
       assert (seen.mixing is None) == (knowledge == "blind")
   for w in observations.load(run, hiding, 2, built.template):
     assert w.mixing is None
@@ -773,6 +774,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     folder.write_json(path, {"new": 2})
   assert json.loads(path.read_text()) == {"old": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_every_attack_has_file_names_of_its_own():
+  slugs = {
+    spec: folder.slug(spec)
+    for spec in (
+      "dlg",
+      "dlg(layers=conv)",
+      "dlg(layers=conv*)",
+      "dlg(layers=conv?)",
+      "dlg(layers=conv[12])",
+      "dlg(layers=conv[!12])",
+    )
+  }
+  assert len(set(slugs.values())) == len(slugs)
+  assert slugs["dlg(layers=conv)"] == "dlg-layers=conv"
+  assert all(re.fullmatch(r"[A-Za-z0-9.=-]+", name) for name in slugs.values())
 
 
 @pytest.mark.parametrize(

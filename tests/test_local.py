@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,8 +148,8 @@ def test_populations_of_other_draws_share_a_program():
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "gradient"])
 def test_padding_changes_nothing(kind):
   # A larger max_examples only adds padding.
-  def run(extra):
-    schedule = _schedule(max_examples=10 + extra)
+  def run(max_examples):
+    schedule = _schedule(max_examples=max_examples)
     training = {
       "sgd": lambda: local.sgd(small.model(), optax.sgd, schedule),
       "momentum": lambda: local.sgd(small.model(), MOMENTUM, schedule),
@@ -169,7 +170,7 @@ def test_padding_changes_nothing(kind):
   # Client 1 has one example: beside client 9 it waits for three more steps an
   # epoch, and its batches are two thirds padding.
   beside, alone = (
-    run(0),
+    run(10),
     _run(
       {
         "sgd": lambda: local.sgd(small.model(), optax.sgd, _schedule()),
@@ -181,6 +182,7 @@ def test_padding_changes_nothing(kind):
   )
   for a, b in zip(jax.tree.leaves(beside), jax.tree.leaves(alone), strict=True):
     np.testing.assert_allclose(a[0], b, atol=1e-7)
+  chex.assert_trees_all_equal(run(40), beside)
 
 
 def test_a_client_without_examples_sends_zero():

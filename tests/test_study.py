@@ -15,8 +15,7 @@ import pytest
 
 from experiments import config, main, study
 from mpqfl_jax import errors
-from mpqfl_jax.report import html, tables
-from mpqfl_jax.report import study as page
+from mpqfl_jax.report import html, study_tables, tables
 from tests import browser
 
 DEFENSES = ("none", "paper", "int4")
@@ -260,7 +259,7 @@ def test_what_the_server_cannot_read_is_no_score(tmp_path):
   assert summary["defenses"]["paper"]["unreadable"] is None
   point = next(p for p in summary["frontier"] if p["defense"] == "int4")
   assert point["strongest"] is None and point["pareto"] is None
-  text = page.markdown(run)
+  text = study_tables.markdown(run)
   nothing = tables.MISSING
   assert f"| {nothing} | {nothing} | {nothing} | it is ciphertext |" in text
   assert text.count("it is ciphertext") == 2  # beside its costs, too
@@ -301,14 +300,14 @@ def test_two_settings_of_an_attack_are_two_attacks(tmp_path):
 
 
 def test_settings_stand_side_by_side(pretended):
-  text = page.settings_markdown(page.read(pretended))
+  text = study_tables.settings_markdown(study_tables.read(pretended))
   head, _, *rows = text.splitlines()
   assert head.endswith("| batch of 1 | batch of 2 |")
   assert rows[1] == "| paper | 10.5 / 10.5 | 10.5 / 10.5 |" and len(rows) == 3
 
 
 def test_costs_stand_beside_what_they_buy(pretended):
-  text = page.markdown(pretended)
+  text = study_tables.markdown(pretended)
   heading = next(line for line in text.splitlines() if "Downlink" in line)
   assert "Strongest attack, dB" in heading and "Accuracy" in heading
   (row,) = (
@@ -358,7 +357,7 @@ def test_the_page_has_every_part_and_loads_nothing(pretended):
 
 
 def test_the_table_for_the_terminal_names_the_strongest_attack(pretended):
-  text = page.markdown(pretended)
+  text = study_tables.markdown(pretended)
   assert "| (a) Undefended" in text and "| dlg, adaptive |" in text
   assert "_mean training image_" in text
 

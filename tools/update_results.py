@@ -14,7 +14,7 @@ import shutil
 import sys
 
 from benchmarks import page
-from mpqfl_jax.report import scaling, study, tables
+from mpqfl_jax.report import scaling, study_tables, tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 KEPT = (
@@ -36,12 +36,22 @@ def _tables(run_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
   name = run_dir.name
   if summary["task"] == "study":
     return {
-      name: lambda: study.markdown(run_dir),
-      f"{name} claims": lambda: study.claims_markdown(study.read(run_dir)),
-      f"{name} defenses": lambda: study.defenses_markdown(study.read(run_dir)),
-      f"{name} costs": lambda: study.costs_markdown(study.read(run_dir)),
-      f"{name} settings": lambda: study.settings_markdown(study.read(run_dir)),
-      f"{name} gains": lambda: study.gains_markdown(study.read(run_dir)),
+      name: lambda: study_tables.markdown(run_dir),
+      f"{name} claims": lambda: study_tables.claims_markdown(
+        study_tables.read(run_dir)
+      ),
+      f"{name} defenses": lambda: study_tables.defenses_markdown(
+        study_tables.read(run_dir)
+      ),
+      f"{name} costs": lambda: study_tables.costs_markdown(
+        study_tables.read(run_dir)
+      ),
+      f"{name} settings": lambda: study_tables.settings_markdown(
+        study_tables.read(run_dir)
+      ),
+      f"{name} gains": lambda: study_tables.gains_markdown(
+        study_tables.read(run_dir)
+      ),
     }
   if summary["task"] == "scaling":
     return {name: lambda: scaling.markdown(summary["scaling"])}

@@ -86,7 +86,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   headline, *more = findings.headline(run)
   return page.write(
     run.folder,
-    "template.html",
+    "run.html",
     subtitle=_subtitle(run),
     headline=headline,
     more=more,
