@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import accounting, audit, defenses, errors, models
-from mpqfl_jax.types import Examples
+from mpqfl_jax import accounting, audit, defenses, errors
+from mpqfl_jax.types import Examples, Model
 
 # What runs -> the same with half the noise; less for dp_rqm, whose epsilon is a
 # looser bound than the others'.
@@ -102,14 +102,26 @@ def _build(
   return defenses.make(spec, params, protocol), protocol
 
 
-def _client() -> tuple[models.Model, Examples]:
-  """A classifier and a client's random images."""
+def _client() -> tuple[Model, Examples]:
+  """A small classifier, for it takes a step in every run, and random images."""
   rng = np.random.default_rng(0)
-  shape = (8, 8, 1)
-  model = models.make("mlp", shape, 4, np.zeros(1), np.ones(1))
+  shape, width, classes = (8, 8, 1), 16, 4
+
+  def init(key):
+    keys = jax.random.split(key)
+    return {
+      "dense1": jax.random.normal(keys[0], (64, width)) / 8,
+      "dense2": jax.random.normal(keys[1], (width, classes)) / 4,
+    }
+
+  def apply(params, x):
+    hidden = jax.nn.relu(x.reshape(len(x), -1) @ params["dense1"])
+    return hidden @ params["dense2"]
+
+  model = Model("audited", init, apply, shape, classes, np.zeros(1), np.ones(1))
   return model, Examples(
     jnp.asarray(rng.integers(0, 256, (EXAMPLES, *shape)), jnp.uint8),
-    jnp.asarray(rng.integers(0, 4, EXAMPLES), jnp.int32),
+    jnp.asarray(rng.integers(0, classes, EXAMPLES), jnp.int32),
     jnp.arange(EXAMPLES, dtype=jnp.int32),
   )
 
