@@ -1,7 +1,9 @@
 """The one frozen config that the flags become, and what is wrong with it."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
+import os
 import pathlib
 import re
 from typing import Any
@@ -81,6 +83,7 @@ class Config:
   study_batches: tuple[int, ...]
   study_local_steps: tuple[int, ...]
   study_encryption: str | None
+  study_processes: int
   plan: str
   devices: int | None
   coordinator_address: str | None
@@ -102,18 +105,20 @@ def from_flags(values: flags.FlagValues) -> Config:
   return _resolve(defaults | _begun_with(given) | given)
 
 
-def devices(values: flags.FlagValues) -> int | None:
-  """`--devices`, also where it is that of a run which goes on.
+def cpu_devices(values: flags.FlagValues) -> int:
+  """Devices that a CPU is to have: `--devices`, else one a core.
 
   JAX has to be told before it starts, and so before there is a config: what is
-  wrong with the run's folder, `from_flags` says.
+  wrong with the folder of a run that goes on, `from_flags` says. The runs of a
+  study beside one another share the cores.
   """
-  if not values.resume:
-    return values.devices
-  try:
-    return from_flags(values).devices
-  except errors.UserError:
-    return values.devices
+  begun = values.devices, values.study_processes
+  if values.resume:
+    with contextlib.suppress(errors.UserError):
+      config = from_flags(values)
+      begun = config.devices, config.study_processes
+  devices, processes = begun
+  return devices or max(1, (os.cpu_count() or 1) // processes)
 
 
 def _begun_with(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,6 +268,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
       "Costs that python -m benchmarks.encryption wrote with --json, which"
       " --task=scaling shows, too.",
     ),
+    flags.DEFINE_integer(
+      "study_processes",
+      1,
+      "Runs of the grid beside one another, each in a process with its share of"
+      " the CPU's cores. --devices, where given, is for each.",
+      1,
+    ),
   ),
   "The task scaling": _names(
     flags.DEFINE_string(

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 from collections.abc import Callable
 import dataclasses
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -82,9 +81,7 @@ def main(argv: list[str]) -> int:
   """
   host.tune()
   # Before JAX looks for its devices: on a CPU, one device a core.
-  jax.config.update(
-    "jax_num_cpu_devices", config.devices(flags.FLAGS) or os.cpu_count()
-  )
+  jax.config.update("jax_num_cpu_devices", config.cpu_devices(flags.FLAGS))
   if flags.FLAGS.coordinator_address is not None:
     return _execute_together(argv)
   return execute(argv)

@@ -8,6 +8,7 @@ on with `--resume`, and one whose grid has grown runs what is new.
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -30,14 +32,15 @@ from experiments import (
   folder,
   setting,
   summary,
+  workers,
 )
-from mpqfl_jax import datasets, metrics
+from mpqfl_jax import datasets, errors, metrics
 from mpqfl_jax.report import claims, evidence, frontier
 
 # What has no influence on the results of a cell.
 _FREE = (
   *("output_dir", "overwrite", "resume", "data_dir", "checkpoint_every"),
-  *("dry_run", "writers"),
+  *("dry_run", "writers", "study_processes"),
   *("coordinator_address", "num_processes", "process_id"),
 )
 # What the task `attack` never reads.
@@ -53,7 +56,7 @@ _ATTACKS = (
 )
 _STUDY = (
   *("study_datasets", "study_seeds", "study_batches", "study_local_steps"),
-  "study_encryption",
+  *("study_encryption", "study_processes"),
 )
 # What the grid is made of: it may grow from one start to the next.
 _GRID = (*_STUDY, "defense", "attack", "attack_knowledge")
@@ -198,26 +201,18 @@ def run(
   )
   todo = [cell for cell in cells if not _done(cell)]
   bar = tqdm.tqdm(
-    todo,
     desc="study",
     initial=len(cells) - len(todo),
     total=len(cells),
     unit="cell",
     disable=None,
   )
-  data: datasets.Dataset | None = None
-  loaded = None
-  with _programs_kept(run_dir / "compiled"):
-    for cell in bar:
+  place = run_dir / "compiled"
+  perform = functools.partial(_perform, measure, place)
+  with bar, _programs_kept(place):
+    for cell in _performed(values, perform, todo):
       bar.set_postfix_str(cell.name)
-      if loaded != cell.config.dataset:
-        loaded = cell.config.dataset
-        data = setting.load_data(cell.config)
-      measure(cell.config, data)
-      # Programs of hundreds of cells would fill the process's address space;
-      # what the next cell shares is in the cache on disk.
-      jax.clear_caches()
-      gc.collect()
+      bar.update()
   results = collect(cells, encryption)
   written = write(run_dir, values, results)
   folder.write_json(
@@ -225,6 +220,52 @@ def run(
     {**written, **_totals(cells, time.perf_counter() - begin)},
   )
   return run_dir
+
+
+def _performed(
+  values: config.Config, perform: Callable[[Cell], None], cells: list[Cell]
+) -> Iterator[Cell]:
+  """Runs the cells and yields each when it is done."""
+  # Beside others a cell would measure what they leave it.
+  timed = [c for c in cells if c.config.task == "costs"]
+  others = [c for c in cells if c.config.task != "costs"]
+  if values.study_processes > 1 and len(others) > 1:
+    devices = len(jax.local_devices()[: values.devices])
+    yield from workers.each(perform, others, values.study_processes, devices)
+  else:
+    timed = cells
+  for cell in timed:
+    perform(cell)
+    yield cell
+
+
+def _perform(
+  measure: Callable[..., pathlib.Path], compiled: pathlib.Path, cell: Cell
+) -> None:
+  """Runs one cell, in this process or in one of its own."""
+  _keep_programs(compiled)
+  measure(cell.config, _data(cell.config.dataset, cell.config.data_dir))
+  # Programs of hundreds of cells would fill the process's address space; what
+  # the next cell shares is in the cache on disk.
+  jax.clear_caches()
+  gc.collect()
+
+
+@functools.lru_cache(maxsize=1)
+def _data(dataset: str, data_dir: str | None) -> datasets.Dataset:
+  return setting.load_data(config.make(dataset=dataset, data_dir=data_dir))
+
+
+def _keep_programs(place: pathlib.Path) -> None:
+  """Lets JAX store what it compiles, unless the user has a cache already."""
+  if jax.config.values["jax_compilation_cache_dir"] is not None:
+    return
+  # Small programs, too: a training run has thirty, a second and a half of work.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_compilation_cache_dir", str(place))
+  compilation_cache.reset_cache()
+  # Read while another process writes it, a program is compiled once more.
+  warnings.filterwarnings("ignore", "Error reading persistent compilation")
 
 
 @contextlib.contextmanager
@@ -236,11 +277,8 @@ def _programs_kept(place: pathlib.Path) -> Iterator[None]:
   if jax.config.values["jax_compilation_cache_dir"] is not None:
     yield
     return
-  # Small programs, too: a training run has thirty, a second and a half of work.
   least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_compilation_cache_dir", str(place))
-  compilation_cache.reset_cache()
+  _keep_programs(place)
   try:
     yield
   finally:
@@ -256,6 +294,12 @@ def _done(cell: Cell) -> bool:
 
 def _check(values: config.Config, cells: list[Cell]) -> None:
   """Refuses what some cell would refuse, before any was run."""
+  if values.study_processes > 1 and jax.default_backend() != "cpu":
+    raise errors.UserError(
+      f"--study_processes={values.study_processes}: processes share the cores"
+      f" of a CPU, and JAX computes on {jax.default_backend()!r} here. Expected"
+      " --study_processes=1, which uses all devices for one cell after another."
+    )
   for dataset in values.study_datasets:
     here = dataclasses.replace(values, dataset=dataset)
     data = setting.load_data(here)

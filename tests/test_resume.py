@@ -142,7 +142,7 @@ def test_what_is_not_given_is_that_of_the_run(whole):
   assert from_args(*args, *together, "--process_id=0").devices is None
   with flagsaver.flagsaver():
     flags.FLAGS(["main", *args])
-    assert config.devices(flags.FLAGS) == 2
+    assert config.cpu_devices(flags.FLAGS) == 2
 
 
 def test_a_run_made_over_another_does_not_go_on_over_itself(tmp_path):

@@ -412,6 +412,29 @@ def test_a_study_from_end_to_end(tmp_path):
   assert {a["weights"] for a in found} == {"initial", "trained"}
   # Cells are runs like any other, with pages of their own where wanted.
   assert html.write(run / "cells" / found[0]["cell"]).is_file()
+  # In processes beside one another they come to the same bits.
+  more = tiny(tmp_path / "p", attack_rounds="2", study_processes=2)
+  beside = main.run(more)
+
+  def measured(run, name):
+    lines = (run / name).read_text().splitlines()
+    times = ("seconds", "compile_seconds", "peak_rss_mb")
+    return [
+      {k: v for k, v in json.loads(line).items() if k not in times}
+      for line in lines
+    ]
+
+  for name in ("training.jsonl", "attacks.jsonl"):
+    assert measured(beside, name) == measured(run, name)
+  again = json.loads((beside / "evidence.json").read_text())
+  assert again["twins"] == twins
+
+
+def test_processes_share_a_processor_alone(tmp_path, monkeypatch):
+  monkeypatch.setattr(study.jax, "default_backend", lambda: "gpu")
+  with pytest.raises(errors.UserError, match=r"--study_processes=2.*'gpu'"):
+    study.run(tiny(tmp_path / "s", study_processes=2), pretend)
+  assert not (tmp_path / "s").exists()
 
 
 def test_cells_find_what_others_compiled(tmp_path, monkeypatch):
