@@ -39,8 +39,8 @@ def each(
     stopped where they are.
 
   Raises:
-    UserError: what a job raised.
-    RuntimeError: another error in a job, or a process that was killed.
+    UserError: what a job raised, or a process was killed.
+    RuntimeError: another error in a job.
   """
   context = multiprocessing.get_context("spawn")
   todo: Any = context.Queue()
@@ -81,8 +81,10 @@ def _next(done, everybody) -> tuple[int, str | None, str | None]:
     except queue.Empty:
       for process in everybody:
         if process.exitcode:
-          raise RuntimeError(
-            f"process {process.pid} ended with status {process.exitcode}"
+          raise errors.UserError(
+            f"a process of the study ended with status {process.exitcode},"
+            " perhaps for want of memory. --resume goes on; fewer"
+            " --study_processes need less of it."
           ) from None
 
 

@@ -48,7 +48,7 @@ def test_every_job_is_done_once_on_cores_of_its_own(tmp_path):
   [
     (1, errors.UserError, "job one is a mistake"),
     (2, RuntimeError, "ValueError: job two is a bug"),
-    (3, RuntimeError, "ended with status 7"),
+    (3, errors.UserError, r"ended with status 7.*--resume"),
   ],
 )
 def test_an_error_stops_them_all(job, error, words):
