@@ -112,13 +112,12 @@ def cpu_devices(values: flags.FlagValues) -> int:
   wrong with the folder of a run that goes on, `from_flags` says. The runs of a
   study beside one another share the cores.
   """
-  begun = values.devices, values.study_processes
+  begun: flags.FlagValues | Config = values
   if values.resume:
     with contextlib.suppress(errors.UserError):
-      config = from_flags(values)
-      begun = config.devices, config.study_processes
-  devices, processes = begun
-  return devices or max(1, (os.cpu_count() or 1) // processes)
+      begun = from_flags(values)
+  processes = begun.study_processes if begun.task == "study" else 1
+  return begun.devices or max(1, (os.cpu_count() or 1) // processes)
 
 
 def _begun_with(given: Mapping[str, Any]) -> dict[str, Any]:

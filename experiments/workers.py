@@ -43,16 +43,12 @@ def each(
     RuntimeError: another error in a job.
   """
   context = multiprocessing.get_context("spawn")
-  todo: Any = context.Queue()
+  taken: Any = context.Value("i", 0)
   done: Any = context.Queue()
-  for number in range(len(jobs)):
-    todo.put(number)
-  for _ in range(processes):
-    todo.put(None)
   everybody = [
     context.Process(
       target=_serve,
-      args=(do, jobs, todo, done, devices, _cores(i, processes, devices)),
+      args=(do, jobs, taken, done, devices, _cores(i, processes, devices)),
       daemon=True,
     )
     for i in range(processes)
@@ -61,11 +57,9 @@ def each(
     process.start()
   try:
     for _ in jobs:
-      number, mistake, trouble = _next(done, everybody)
-      if mistake is not None:
-        raise errors.UserError(mistake)
-      if trouble is not None:
-        raise RuntimeError(f"in a process of its own:\n{trouble}")
+      number, error = _next(done, everybody)
+      if error is not None:
+        raise error
       yield jobs[number]
   finally:
     for process in everybody:
@@ -74,7 +68,7 @@ def each(
       process.join()
 
 
-def _next(done, everybody) -> tuple[int, str | None, str | None]:
+def _next(done, everybody) -> tuple[int, Exception | None]:
   while True:
     try:
       return done.get(timeout=_LOOK)
@@ -105,7 +99,7 @@ class _NoTerminal(io.TextIOWrapper):
     return False
 
 
-def _serve(do, jobs, todo, done, devices: int, cores: set[int]) -> None:
+def _serve(do, jobs, taken, done, devices: int, cores: set[int]) -> None:
   """What a process does: jobs, until there are none or nobody waits."""
   # An interrupt is the parent's, which then stops this process.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -117,19 +111,21 @@ def _serve(do, jobs, todo, done, devices: int, cores: set[int]) -> None:
   parent = multiprocessing.parent_process()
   assert parent is not None
   while parent.is_alive():
-    try:
-      number = todo.get(timeout=_LOOK)
-    except queue.Empty:
-      continue
-    if number is None:
+    with taken.get_lock():
+      number = taken.value
+      taken.value += 1
+    if number >= len(jobs):
       return
+    error: Exception | None = None
     try:
       do(jobs[number])
     except errors.UserError as e:
-      done.put((number, str(e), None))
+      error = e
+    except Exception:  # told by the parent, as text: any error can be sent so
+      error = RuntimeError(
+        f"in a process of its own:\n{traceback.format_exc()}"
+      )
+    done.put((number, error))
+    if error is not None:
       return
-    except Exception:  # told by the parent
-      done.put((number, None, traceback.format_exc()))
-      return
-    done.put((number, None, None))
   sys.exit(1)

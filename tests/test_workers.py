@@ -6,10 +6,12 @@ import os
 import pathlib
 import time
 
+from absl import flags
+from absl.testing import flagsaver
 import jax
 import pytest
 
-from experiments import workers
+from experiments import config, workers
 from mpqfl_jax import errors
 
 
@@ -41,6 +43,16 @@ def test_every_job_is_done_once_on_cores_of_its_own(tmp_path):
   if len(os.sched_getaffinity(0)) > 1:
     assert len({words.split(maxsplit=2)[2] for words in said}) == 2
   assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("task, share", [("study", 3), ("train", 1)])
+def test_only_a_study_shares_the_cores(task, share):
+  with flagsaver.flagsaver():
+    flags.FLAGS(["main", f"--task={task}", "--study_processes=3"])
+    want = max(1, os.cpu_count() // share)
+    assert config.cpu_devices(flags.FLAGS) == want
+    flags.FLAGS.devices = 5
+    assert config.cpu_devices(flags.FLAGS) == 5
 
 
 @pytest.mark.parametrize(
