@@ -48,108 +48,23 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import jax
 
   jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count())
-  import optax
+  from benchmarks import federated_ours
+  from mpqfl_jax import engine
 
-  from mpqfl_jax import (
-    aggregate,
-    client_state,
-    engine,
-    federated,
-    local,
-    models,
-    precision,
-    transforms,
-  )
-  from mpqfl_jax.types import Cohort, Examples
-
-  task = np.load(folder / "task.npz")
-  clients, size = task["y"].shape
+  task = dict(np.load(folder / "task.npz"))
   plan = engine.plan(args.plan, jax.default_backend())
   mesh = engine.mesh(args.devices)
-  net = models.make(
-    args.model,
-    task["x"].shape[2:],
-    federated_task.CLASSES,
-    np.zeros(1),
-    np.ones(1),
-    plan.conv,
-  )
-  params: dict[str, dict[str, np.ndarray]] = {}
-  for name in task.files:
-    if "/" in name:
-      layer, leaf = name.split("/")
-      params.setdefault(layer, {})[leaf] = task[name]
-  schedule = local.Schedule(federated_task.BATCH, size)
-  codec, transform = precision.make("none", params), transforms.identity()
-  client = federated.client(
-    local.sgd(net, optax.sgd, schedule), transform, codec
-  )
-  algorithm = federated.federated(
-    net,
-    client,
-    codec,
-    federated.server_optimizer("sgd"),
-    federated.Rates(lambda _: federated_task.LEARNING_RATE, lambda _: 1.0),
-    aggregate.make("mean"),
-    clients * size,
-    plan,
-    mesh,
-  )
-  ids = np.arange(clients, dtype=np.int32)
-  sizes = np.full(clients, size, np.int32)
-  first = jax.random.key(0)
+  trainer = federated_ours.trainer(args.model, task, plan, mesh)
 
-  # The program shuffles. A client's list of examples is permuted the other way
-  # round, so that in the checked round it meets them in the task's order.
-  @jax.jit
-  @jax.vmap
-  def visited(client, offset):
-    key = federated.client_keys(first, client).batches
-    order = jax.numpy.arange(clients * size)
-    steps = size // federated_task.BATCH
-    return schedule.rows(key, offset, jax.numpy.int32(size), order, steps)[0]
-
-  order = np.empty(clients * size, np.int32)
-  rows = np.asarray(visited(ids, size * ids)).ravel()
-  order[rows] = np.arange(clients * size)
-  x = task["x"].reshape(-1, *task["x"].shape[2:])
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  examples, cohort, watched = jax.device_put(
-    (
-      Examples._make((x, task["y"].ravel(), order)),
-      Cohort._make((ids, size * ids, sizes)),
-      np.full(1, -1, np.int32),
-    ),
-    whole,
-  )
-  state = algorithm.init(first)._replace(params=params)
-  store = client_state.make("device", client.init(params), clients, mesh)
-  state, held = jax.device_put(state, whole), store.open(store.init())
-  # As there, the state's buffers become the next state's.
-  round_fn = jax.jit(algorithm.round, donate_argnums=(0, 1))
-  seconds, weights = [], {}
-  for number in range(args.rounds + 1):
+  def started(number: int) -> None:
     if args.trace and number == 1:
-      program = round_fn.lower(
-        state, store.gather(held, ids), examples, cohort, watched, first
-      )
-      (folder / "program.txt").write_text(str(program.compile().as_text()))
+      program = trainer.fn.lower(*trainer.first()).compile()
+      (folder / "program.txt").write_text(str(program.as_text()))
       jax.profiler.start_trace(folder / "trace")
-    began = time.perf_counter()
-    key = first if number == 0 else jax.random.fold_in(first, number)
-    key = jax.device_put(key, whole)
-    states = store.gather(held, cohort.client_id)
-    state, states, aux = round_fn(state, states, examples, cohort, watched, key)
-    jax.device_get(aux.clients)
-    held = store.scatter(held, cohort.client_id, states)
-    jax.block_until_ready(state)
-    seconds.append(time.perf_counter() - began)
-    if number == 0:
-      weights = {
-        f"{layer}/{leaf}": np.array(value)
-        for layer, leaves in state.params.items()
-        for leaf, value in leaves.items()
-      }
+
+  seconds, weights = federated_ours.train(
+    trainer, trainer.fn, args.rounds + 1, started
+  )
   if args.trace:
     jax.profiler.stop_trace()
   np.savez(folder / "answer.npz", **weights)  # type: ignore[arg-type]

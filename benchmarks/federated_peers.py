@@ -112,7 +112,7 @@ def dump_torch(model: str, state: dict[str, Any]) -> Arrays:
   keys = [f"{layer}/{leaf}" for layer in LAYERS[model] for leaf in _LEAVES]
   found = {}
   for key, value in zip(keys, state.values(), strict=True):
-    array = value.detach().numpy()
+    array = value.detach().cpu().numpy()
     if array.ndim == 4:
       array = array.transpose(2, 3, 1, 0)
     elif array.ndim == 2:
@@ -138,10 +138,12 @@ def run_torch(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import torch
   from torch.nn import functional
 
+  device = "cuda" if torch.cuda.is_available() else "cpu"
   task = np.load(folder / "task.npz")
-  x, y = torch_data(task)
+  x, y = (part.to(device) for part in torch_data(task))
   net = torch_model(args.model)
   net.load_state_dict(load_torch(args.model, task))
+  net.to(device)
   seconds, weights = [], None
   for _ in range(args.rounds + 1):
     began = time.perf_counter()
@@ -161,9 +163,13 @@ def run_torch(args: argparse.Namespace, folder: pathlib.Path) -> None:
     with torch.no_grad():
       for p, part in zip(net.parameters(), total, strict=True):
         p.copy_(part / (EXAMPLES * len(x)))
+    if device == "cuda":
+      torch.cuda.synchronize()
     seconds.append(time.perf_counter() - began)
     weights = weights or dump_torch(args.model, net.state_dict())
   plan = f"loop, {torch.get_num_threads()} threads"
+  if device == "cuda":
+    plan = "loop, cuda"
   finish(folder, weights or {}, seconds, plan, "torch")
 
 

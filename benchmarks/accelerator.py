@@ -1,0 +1,356 @@
+"""What pays on this machine's accelerator: plans, lanes of attacks, codecs.
+
+    python -m benchmarks.accelerator --json=results/accelerator.json \
+      --page=docs/performance.md
+
+Everything is measured in one process on one device, the first that JAX has, at
+float32 precision and at the precision that JAX takes by default where that is
+another (TF32 on recent GPUs, bfloat16 on TPUs).
+
+training   rounds of the work of `benchmarks.federated` for each number of
+           clients side by side and each form of convolution; the weights after
+           the first round are compared with NumPy's in float64.
+attacks    searches on undefended updates of test images, for each number of
+           lanes and each form; the bytes of a lane, as the compiled program
+           says, beside what `attacks.lane_bytes` says.
+codecs     encoding, packed, and decoding of an update, as a share of a copy
+           of it on the device.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+import contextlib
+import itertools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import attacks as beside
+from benchmarks import federated_ours, federated_task
+from mpqfl_jax import attacks, engine, metrics, models, precision, specs
+from mpqfl_jax.types import Observation
+
+Row = dict[str, Any]
+# Programs are compiled beside one another, but measured alone.
+COMPILERS = 12
+
+
+class Training(NamedTuple):
+  """A case of the section `training`."""
+
+  model: str
+  clients: int
+  size: int
+  conv: str
+  precision: str
+
+
+class Search(NamedTuple):
+  """A case of the section `attacks`."""
+
+  model: str
+  attack: str
+  lanes: int
+  conv: str
+  precision: str
+
+
+def _precision(name: str) -> contextlib.AbstractContextManager:
+  return jax.default_matmul_precision(name)
+
+
+def _bytes(compiled: Any) -> dict[str, int]:
+  """What a compiled program needs on the device."""
+  found = compiled.memory_analysis()
+  return {
+    "argument_bytes": found.argument_size_in_bytes,
+    "temporary_bytes": found.temp_size_in_bytes,
+  }
+
+
+def training(cases: list[Training], rounds: int, limit: float) -> Iterator[Row]:
+  """A row a case: updates a second, error of the checked round, bytes.
+
+  Args:
+    cases: what to measure.
+    rounds: timed, after the checked one.
+    limit: seconds; a case whose checked round takes longer is timed no more.
+  """
+  mesh = engine.mesh(1)
+  groups = list(dict.fromkeys((c.model, c.clients) for c in cases))
+  for model, clients in groups:
+    task = federated_task.make(model, clients)
+    want = federated_task.expected(model, task)
+    mine = [c for c in cases if (c.model, c.clients) == (model, clients)]
+
+    def compiled(case: Training, task=task):
+      plan = engine.Plan("chunk", case.size, case.conv, "")
+      with _precision(case.precision):
+        ready = federated_ours.trainer(case.model, task, plan, mesh)
+        began = time.perf_counter()
+        program = ready.fn.lower(*ready.first()).compile()
+      return ready, program, time.perf_counter() - began
+
+    with futures.ThreadPoolExecutor(COMPILERS) as pool:
+      jobs = [pool.submit(compiled, case) for case in mine]
+      futures.wait(jobs)
+    for case, job in zip(mine, jobs, strict=True):
+      try:
+        ready, program, compiling = job.result()
+        seconds, weights = federated_ours.train(ready, program, 1)
+        if seconds[0] < limit:
+          seconds += federated_ours.train(ready, program, rounds)[0]
+      except Exception as error:  # A plan that does not fit is a finding.
+        yield case._asdict() | {
+          "failed": f"{type(error).__name__}: {error}"[:300]
+        }
+        continue
+      best = min(seconds[1:] or seconds)
+      flops = federated_task.flops_per_client(model)
+      yield case._asdict() | {
+        "seconds_per_round": best,
+        "client_updates_per_second": clients / best,
+        "gflops": clients * flops / best / 1e9,
+        "update_error": federated_task.error(task, weights, want),
+        "compile_seconds": compiling,
+        **_bytes(program),
+      }
+
+
+def _observed(
+  name: str, dataset: str, first: int, count: int, conv: str
+) -> tuple[Any, Observation, np.ndarray, np.ndarray]:
+  """A model, undefended updates of single test images, images, auxiliary."""
+  model, params, data = beside.task(name, dataset, 0)
+  rows = slice(first, first + count)
+  x = data.x_test[rows] / np.float32(255)
+  y = np.asarray(data.y_test[rows], np.int32)
+  sent = jax.jit(
+    jax.vmap(lambda x, y: attacks.simulate(model, params, x, y, 1.0))
+  )(x[:, None, None], y[:, None, None])
+  observation = Observation(
+    jax.tree.map(lambda a: np.broadcast_to(a, (count, *a.shape)), params),
+    jax.device_get(sent),
+    None,
+    y[:, None, None],
+    jnp.ones(count),
+  )
+  net = models.make(
+    name,
+    data.x_train.shape[1:],
+    len(data.class_names),
+    data.mean,
+    data.std,
+    conv,
+  )
+  return net, observation, x, np.asarray(data.x_train)
+
+
+def activations(model: Any, params: Any) -> int:
+  """Numbers that the forward pass of one image computes, one after another."""
+  image = jnp.zeros((1, *model.image_shape))
+
+  def count(jaxpr) -> int:
+    found = 0
+    for eqn in jaxpr.eqns:
+      inner = [
+        getattr(value, "jaxpr", value)
+        for value in eqn.params.values()
+        if hasattr(getattr(value, "jaxpr", value), "eqns")
+      ]
+      found += (
+        sum(map(count, inner))
+        if inner
+        else sum(v.aval.size for v in eqn.outvars)
+      )
+    return found
+
+  return count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
+
+
+def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
+  """A row a case: seconds an image, what was found, bytes of a lane."""
+  from mpqfl_jax.attacks import runner
+
+  def ready(case: Search):
+    with _precision("float32"):
+      model, observation, x, auxiliary = _observed(
+        case.model, dataset, first, case.lanes, case.conv
+      )
+    kind, settings = specs.parse(case.attack)
+    attack = attacks.make(kind, model, auxiliary=auxiliary, **settings)
+
+    def run():
+      with _precision(case.precision):
+        return attacks.run(
+          attack,
+          observation,
+          jax.random.key(0),
+          devices=jax.devices()[:1],
+          width=case.lanes,
+          progress=False,
+        )
+
+    return run, attack, model, observation, x, run()
+
+  # Beside one another only to compile: what counts runs alone.
+  with futures.ThreadPoolExecutor(COMPILERS) as pool:
+    jobs = [pool.submit(ready, case) for case in cases]
+    futures.wait(jobs)
+  for case, job in zip(cases, jobs, strict=True):
+    try:
+      run, attack, model, observation, x, warm = job.result()
+      found = run()
+    except Exception as error:
+      yield case._asdict() | {
+        "failed": f"{type(error).__name__}: {error}"[:300]
+      }
+      continue
+    program = runner._program(
+      attack, tuple(jax.devices()[:1]), case.lanes, 100
+    ).compiled
+    advance = next(v for k, v in program.items() if k[0] == "advance")
+    params = jax.tree.map(lambda a: a[0], observation.params)
+    psnr = metrics.psnr_db(x, found.x[:, 0])
+    yield case._asdict() | {
+      "seconds": found.seconds,
+      "seconds_per_image": found.seconds / case.lanes,
+      "steps": float(found.iterations.mean()),
+      "ms_per_step": 1e3 * found.seconds / found.iterations.max(),
+      "psnr_db_median": float(np.median(psnr)),
+      "success_rate": metrics.success_rate(psnr).rate,
+      "compile_seconds": warm.compile_seconds,
+      "parameters": sum(a.size for a in jax.tree.leaves(params)),
+      "activations": activations(model, params),
+      **_bytes(advance),
+    }
+
+
+CODECS = (
+  "float16,float8,int8,int8(mode=affine),int4,int2,int8(rounding=stochastic),"
+  "int4(rounding=stochastic),nf4,sign,qsgd,drive,topk(ratio=0.01)"
+)
+
+
+def codecs(names: str, elements: int, calls: int = 20) -> Iterator[Row]:
+  """A row a codec: GB/s of encoding and decoding, and of a copy."""
+
+  def fastest(fn: Callable, argument: Any) -> float:
+    # Several in flight: only the device's time is to be measured.
+    jax.block_until_ready([fn(argument) for _ in range(3)])
+    times = []
+    for _ in range(5):
+      began = time.perf_counter()
+      jax.block_until_ready([fn(argument) for _ in range(calls)])
+      times.append((time.perf_counter() - began) / calls)
+    return min(times)
+
+  x = jax.random.normal(jax.random.key(0), (elements,))
+  seed = jnp.array([1, 2], jnp.uint32)
+  copy = 8 * elements / fastest(jax.jit(lambda x: x + 1), x) / 1e9
+  yield {"codec": "copy", "gb_s": copy}
+  for spec in specs.split(names):
+    name, options = specs.parse(spec)
+    leaf = precision.leaf_codec(name, (elements,), options)
+    encode = jax.jit(lambda x, leaf=leaf: leaf.encode(seed, x, leaf.init())[0])
+    decode = jax.jit(leaf.decode)
+    payload = encode(x)
+    sent = int(leaf.num_bytes(payload))
+    rates = [
+      (4 * elements + sent) / fastest(fn, argument) / 1e9
+      for fn, argument in ((encode, x), (decode, payload))
+    ]
+    yield {
+      "codec": spec,
+      "bytes": sent,
+      "encode_gb_s": rates[0],
+      "decode_gb_s": rates[1],
+      "encode_of_copy": rates[0] / copy,
+      "decode_of_copy": rates[1] / copy,
+    }
+
+
+def show(rows: Iterable[Row], into: list[Row], path: str | None) -> None:
+  """Prints each row as soon as it is there, and writes all of them."""
+  for row in rows:
+    into.append(row)
+    print(
+      " ".join(
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+        for k, v in row.items()
+      ),
+      flush=True,
+    )
+    if path:
+      pathlib.Path(path).write_text(json.dumps(into, indent=2) + "\n")
+
+
+def main() -> None:
+  """Measures the sections that the flags ask for."""
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument("--sections", default="training,attacks,codecs")
+  flags.add_argument("--precisions", default="float32,tensorfloat32")
+  flags.add_argument("--forms", default="xla,slices")
+  flags.add_argument("--models", default="lenet_zhu,cnn", help="trained")
+  flags.add_argument("--clients", default="1000", help="in a round")
+  flags.add_argument("--sizes", default="1,8,32,128,512", help="side by side")
+  flags.add_argument("--rounds", type=int, default=3)
+  flags.add_argument("--limit", type=float, default=10.0, help="s a round")
+  flags.add_argument(
+    "--searches", default="lenet_zhu:dlg,lenet_zhu:map(iterations=200)"
+  )
+  flags.add_argument("--lanes", default="1,32,128")
+  flags.add_argument("--dataset", default="cifar10_sample")
+  flags.add_argument("--first", type=int, default=400, help="test image")
+  flags.add_argument("--codecs", default=CODECS)
+  flags.add_argument("--elements", type=int, default=100_000_000)
+  flags.add_argument("--json", help="file to write")
+  args = flags.parse_args()
+
+  def words(text: str) -> list[str]:
+    return list(specs.split(text))
+
+  def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+  sections, precisions, forms = (
+    words(text) for text in (args.sections, args.precisions, args.forms)
+  )
+  rows: list[Row] = []
+  device = jax.devices()[0]
+  print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+  if "training" in sections:
+    cases = [
+      Training(*case)
+      for case in itertools.product(
+        words(args.models),
+        numbers(args.clients),
+        numbers(args.sizes),
+        forms,
+        precisions,
+      )
+      if case[2] <= case[1]
+    ]
+    show(training(cases, args.rounds, args.limit), rows, args.json)
+  if "attacks" in sections:
+    found = []
+    for search, lanes, form, precision_ in itertools.product(
+      words(args.searches), numbers(args.lanes), forms, precisions
+    ):
+      model, _, attack = search.partition(":")
+      found.append(Search(model, attack, lanes, form, precision_))
+    show(searches(found, args.dataset, args.first), rows, args.json)
+  if "codecs" in sections:
+    show(codecs(args.codecs, args.elements), rows, args.json)
+
+
+if __name__ == "__main__":
+  main()
