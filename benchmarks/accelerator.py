@@ -65,6 +65,10 @@ def _precision(name: str) -> contextlib.AbstractContextManager:
   return jax.default_matmul_precision(name)
 
 
+def _words(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}"[:300]
+
+
 def _bytes(compiled: Any) -> dict[str, int]:
   """What a compiled program needs on the device."""
   found = compiled.memory_analysis()
@@ -152,28 +156,6 @@ def _observed(
   return net, observation, x, np.asarray(data.x_train)
 
 
-def activations(model: Any, params: Any) -> int:
-  """Numbers that the forward pass of one image computes, one after another."""
-  image = jnp.zeros((1, *model.image_shape))
-
-  def count(jaxpr) -> int:
-    found = 0
-    for eqn in jaxpr.eqns:
-      inner = [
-        getattr(value, "jaxpr", value)
-        for value in eqn.params.values()
-        if hasattr(getattr(value, "jaxpr", value), "eqns")
-      ]
-      found += (
-        sum(map(count, inner))
-        if inner
-        else sum(v.aval.size for v in eqn.outvars)
-      )
-    return found
-
-  return count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
-
-
 def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
   """A row a case: seconds an image, what was found, bytes of a lane."""
   from mpqfl_jax.attacks import runner
@@ -227,7 +209,7 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
       "success_rate": metrics.success_rate(psnr).rate,
       "compile_seconds": warm.compile_seconds,
       "parameters": sum(a.size for a in jax.tree.leaves(params)),
-      "activations": activations(model, params),
+      "activations": models.activations(model),
       **_bytes(advance),
     }
 

@@ -1,4 +1,4 @@
-"""The work of `benchmarks.federated` in this package, in the calling process."""
+"""The work of `benchmarks.federated` in this package."""
 
 from collections.abc import Callable
 import time

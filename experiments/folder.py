@@ -306,6 +306,7 @@ def environment() -> dict[str, Any]:
       "platform": platform.platform(),
       "cores": os.cpu_count(),
       "backend": jax.default_backend(),
+      "matmul_precision": jax.config.jax_default_matmul_precision,
       "devices": [str(device) for device in jax.devices()],
       "xla_flags": os.environ.get("XLA_FLAGS", ""),
     },

@@ -38,7 +38,7 @@ from experiments import (
   writers,
 )
 from experiments import help as help_page
-from mpqfl_jax import datasets, distributed, errors
+from mpqfl_jax import datasets, distributed, errors, exact
 from mpqfl_jax.report import findings, html, records, study_tables, tables
 from mpqfl_jax.report import costs as costs_report
 from mpqfl_jax.report import leakage as leakage_report
@@ -167,6 +167,11 @@ def run(values: config.Config) -> pathlib.Path | None:
   Raises:
     UserError: a mistake, found before the folder is made.
   """
+  with exact.products():
+    return _run(values)
+
+
+def _run(values: config.Config) -> pathlib.Path | None:
   if values.dry_run:
     built = setting.build(values)
     _TASKS[values.task].check(values, built)
@@ -205,6 +210,13 @@ def measure(
     values: the config.
     data: the data set, where it is loaded already.
   """
+  with exact.products():
+    return _measure(values, data)
+
+
+def _measure(
+  values: config.Config, data: datasets.Dataset | None
+) -> pathlib.Path:
   environment = folder.environment()
   distributed.agree(
     "config",

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from mpqfl_jax import aggregate, errors, sharding, specs, trees
+from mpqfl_jax import aggregate, errors, models, sharding, specs, trees
 from mpqfl_jax.types import (
   Array,
   Cohort,
   Examples,
   Key,
+  Model,
   Payload,
   PyTree,
   Update,
@@ -46,12 +47,24 @@ class Plan(NamedTuple):
   reason: str
 
 
-def plan(spec: str, backend: str) -> Plan:
+# Side by side on an accelerator, at most: more gained little on an H200.
+_MOST = 512
+
+
+def plan(
+  spec: str,
+  backend: str,
+  cohort: int = _MOST,
+  room: Callable[[str], int] = lambda conv: _MOST,
+) -> Plan:
   """Resolves `--plan`.
 
   Args:
     spec: `auto`, `loop`, `vmap` or `chunk(size=8)`.
     backend: `cpu`, `gpu` or `tpu`.
+    cohort: clients in a round on one device.
+    room: form of convolution -> how many clients side by side a device has
+      memory for; asked for by `auto` alone, where it is no CPU.
 
   Raises:
     UserError: no such plan, or a chunk size below 1.
@@ -70,11 +83,14 @@ def plan(spec: str, backend: str) -> Plan:
       return named(
         "cpu: one client at a time keeps the convolutions fast", "loop", 1
       )
+    most = min(room("slices"), _MOST)
+    # As equal as can be, for the last chunk is filled up.
+    size = -(-cohort // -(-cohort // most))
     return named(
-      f"{backend}: 32 clients side by side fill the device while memory "
-      "stays bounded",
+      f"{backend}: the more side by side, the fuller the device; there is"
+      f" memory for {most} of a cohort's {cohort} clients on it",
       "chunk",
-      32,
+      size,
     )
 
   def chunk(size: int = 8) -> Plan:
@@ -93,6 +109,28 @@ def plan(spec: str, backend: str) -> Plan:
   if name not in plans:
     raise errors.unknown_name("plan", name, plans)
   return specs.call(f"plan {name}", plans[name], params)
+
+
+def room(
+  model: Model, batch: int, device: jax.Device, share: float = 0.25
+) -> int:
+  """How many clients side by side a device has memory for, at least one.
+
+  A client is counted with its parameters eight times (local ones, gradient,
+  update, codes, sums) and with what the forward pass of a step computes, which
+  the backward pass needs.
+
+  Args:
+    model: the classifier, in the form in which it will convolve.
+    batch: images in a step.
+    device: where they run; one that does not tell its memory counts as 8 GB.
+    share: of the device's memory that they may take.
+  """
+  memory = (device.memory_stats() or {}).get("bytes_limit", 8 << 30)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
+  numbers = 8 * entries + batch * models.activations(model)
+  return max(1, int(share * memory / (4 * numbers)))
 
 
 def mesh(num_devices: int | None = None) -> Mesh:

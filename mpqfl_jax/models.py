@@ -286,6 +286,39 @@ _STACKS: dict[str, tuple[Layer, ...]] = {
 }
 
 
+# What only reads another array in another way, and what computes with it does.
+_VIEWS = {
+  *("slice", "pad", "reshape", "squeeze", "transpose", "broadcast_in_dim"),
+  "convert_element_type",
+}
+
+
+def activations(model: Model) -> int:
+  """Numbers that the forward pass of one image computes, step by step.
+
+  Every intermediate array is counted but views, so that memory that is used
+  again counts each time: what a backward pass may keep.
+  """
+
+  def count(jaxpr) -> int:
+    found = 0
+    for equation in jaxpr.eqns:
+      inner = [
+        getattr(value, "jaxpr", value)
+        for value in equation.params.values()
+        if hasattr(getattr(value, "jaxpr", value), "eqns")
+      ]
+      if inner:
+        found += sum(map(count, inner))
+      elif equation.primitive.name not in _VIEWS:
+        found += sum(variable.aval.size for variable in equation.outvars)
+    return found
+
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  image = jnp.zeros((1, *model.image_shape))
+  return count(jax.make_jaxpr(model.apply)(params, image).jaxpr)
+
+
 def make(
   name: str,
   image_shape: tuple[int, int, int],

@@ -104,3 +104,13 @@ def test_other_flags_are_kept(monkeypatch):
   assert wanted == "--xla_some_flag=1 --xla_cpu_prefer_vector_width=512"
   monkeypatch.setattr(host, "_processor_flags", list)
   assert "XLA_FLAGS" not in host.variables()
+
+
+def test_operations_on_a_gpu_are_deterministic(monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  monkeypatch.setattr(host, "_processor_flags", list)
+  monkeypatch.setattr(host, "_GPU_PLUGINS", ("json",))
+  assert host.variables()["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+  chosen = "--xla_gpu_deterministic_ops=false"
+  monkeypatch.setenv("XLA_FLAGS", chosen)
+  assert "XLA_FLAGS" not in host.variables()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import auto as tqdm
 
-from mpqfl_jax import errors
+from mpqfl_jax import errors, exact
 from mpqfl_jax.attacks import core
 from mpqfl_jax.types import Array, Key, Observation, PyTree
 
@@ -263,7 +263,7 @@ def run(
   """Attacks every observation and keeps the best by objective.
 
   The best is taken over all iterations and restarts, and never with the truth
-  in hand.
+  in hand. Products are those of float32 (`exact.products`).
 
   Args:
     attack: made by `attacks.make`; give the same object again to reuse its
@@ -284,6 +284,31 @@ def run(
     UserError: the attack does not apply to these observations.
     Interrupted: on an interrupt from the keyboard, with what was found.
   """
+  with exact.products():
+    return _run(
+      attack,
+      observations,
+      key,
+      restarts,
+      devices,
+      width,
+      chunk,
+      channel,
+      progress,
+    )
+
+
+def _run(
+  attack: core.AnyAttack,
+  observations: Observation,
+  key: Key,
+  restarts: int | None,
+  devices: Sequence[jax.Device] | None,
+  width: int | None,
+  chunk: int,
+  channel: core.Channel | None,
+  progress: bool | None,
+) -> Reconstruction:
   restarts = attack.restarts if restarts is None else restarts
   if restarts < 1:
     raise errors.UserError(f"restarts must be at least 1, not {restarts}")
