@@ -23,6 +23,7 @@ from concurrent import futures
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -32,8 +33,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import attacks as beside
-from benchmarks import federated_ours, federated_task
-from mpqfl_jax import attacks, engine, metrics, models, precision, specs
+from benchmarks import federated_ours, federated_task, page
+from mpqfl_jax import (
+  attacks,
+  engine,
+  host,
+  metrics,
+  models,
+  precision,
+  specs,
+  trees,
+)
+from mpqfl_jax.attacks import runner
+from mpqfl_jax.report import tables
 from mpqfl_jax.types import Observation
 
 Row = dict[str, Any]
@@ -142,7 +154,7 @@ def _observed(
     jax.tree.map(lambda a: np.broadcast_to(a, (count, *a.shape)), params),
     jax.device_get(sent),
     None,
-    y[:, None, None],
+    jnp.asarray(y)[:, None, None],
     jnp.ones(count),
   )
   net = models.make(
@@ -158,7 +170,6 @@ def _observed(
 
 def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
   """A row a case: seconds an image, what was found, bytes of a lane."""
-  from mpqfl_jax.attacks import runner
 
   def ready(case: Search):
     with _precision("float32"):
@@ -198,7 +209,6 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
       attack, tuple(jax.devices()[:1]), case.lanes, 100
     ).compiled
     advance = next(v for k, v in program.items() if k[0] == "advance")
-    params = jax.tree.map(lambda a: a[0], observation.params)
     psnr = metrics.psnr_db(x, found.x[:, 0])
     yield case._asdict() | {
       "seconds": found.seconds,
@@ -208,8 +218,13 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
       "psnr_db_median": float(np.median(psnr)),
       "success_rate": metrics.success_rate(psnr).rate,
       "compile_seconds": warm.compile_seconds,
-      "parameters": sum(a.size for a in jax.tree.leaves(params)),
+      "parameters": trees.size(model.init(jax.random.key(0))),
       "activations": models.activations(model),
+      "lane_bytes": lane_bytes(
+        attack,
+        jax.tree.map(lambda a: a[0], observation),
+        models.activations(model),
+      ),
       **_bytes(advance),
     }
 
@@ -258,10 +273,125 @@ def codecs(names: str, elements: int, calls: int = 20) -> Iterator[Row]:
     }
 
 
-def show(rows: Iterable[Row], into: list[Row], path: str | None) -> None:
+def lane_bytes(
+  attack: attacks.Attack, observation: Observation, activations: int
+) -> int:
+  """The most that a lane of a search takes, by the formula of docs/attacks.md.
+
+  Args:
+    attack: what searches.
+    observation: of one update.
+    activations: numbers of a forward pass of one image (`models.activations`).
+  """
+  state = jax.eval_shape(attack.init, jax.random.key(0), observation)
+
+  def size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  parameters = size(observation.params)
+  # The state is there twice where lanes advance in lockstep; a simulated
+  # update, its target and what leads back to the images are as large as the
+  # parameters.
+  numbers = 2 * size(state) + 6 * parameters
+  return 4 * (numbers + 2 * attack.images * activations)
+
+
+def _figure(value: float) -> str:
+  return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown(rows: list[Row]) -> str:
+  """The tables of all sections that there are rows of."""
+  parts = []
+  for section, (head, cells) in _TABLES.items():
+    mine = [r for r in rows if r["section"] == section]
+    if not mine:
+      continue
+    lines = [list(head), [":--", *["--:"] * (len(head) - 1)]]
+    for row in mine:
+      shown = [cells[0](row)]
+      shown += ["" if "failed" in row else cell(row) for cell in cells[1:]]
+      lines.append(shown)
+    parts.append(tables.joined(lines))
+  where = [f"{r['device']}, jax {r['jax']}, `{r['xla_flags']}`" for r in rows]
+  return "\n\n".join((*parts, "; ".join(dict.fromkeys(where)) + "."))
+
+
+def _share(name: str) -> Callable[[Row], str]:
+  return lambda row: (
+    f"{row[f'{name}_gb_s']:,.0f} ({row[f'{name}_of_copy']:.0%})"
+    if f"{name}_gb_s" in row
+    else f"{row['gb_s']:,.0f}"
+  )
+
+
+def _megabytes(row: Row) -> str:
+  used = row["argument_bytes"] + row["temporary_bytes"]
+  return _figure(used / row["lanes"] / 1e6)
+
+
+# Section -> headings, and what stands below each.
+_TABLES: dict[str, tuple[tuple[str, ...], tuple[Callable[[Row], str], ...]]] = {
+  "training": (
+    (
+      *("Model, clients", "Side by side", "Form", "Products in"),
+      *("Updates/s", "GFLOP/s", "Off NumPy's update by", "Temporary, MB"),
+    ),
+    (
+      lambda r: f"`{r['model']}`, {r['clients']:,}",
+      lambda r: str(r["size"]),
+      lambda r: r["conv"],
+      lambda r: r["precision"],
+      lambda r: f"{r['client_updates_per_second']:,.0f}",
+      lambda r: f"{r['gflops']:,.0f}",
+      lambda r: f"{r['update_error']:.0e}",
+      lambda r: f"{r['temporary_bytes'] / 1e6:,.0f}",
+    ),
+  ),
+  "attacks": (
+    (
+      *("Search", "Lanes", "Form", "Products in", "Steps", "ms a step"),
+      *("s an image", "Median PSNR, dB", "MB a lane", "at most, by formula"),
+    ),
+    (
+      lambda r: f"`{r['model']}`: `{r['attack']}`",
+      lambda r: str(r["lanes"]),
+      lambda r: r["conv"],
+      lambda r: r["precision"],
+      lambda r: f"{r['steps']:,.0f}",
+      lambda r: _figure(r["ms_per_step"]),
+      lambda r: _figure(r["seconds_per_image"]),
+      lambda r: f"{r['psnr_db_median']:.1f}",
+      _megabytes,
+      lambda r: _figure(r["lane_bytes"] / 1e6),
+    ),
+  ),
+  "codecs": (
+    ("Codec", "Encoding, GB/s (of a copy)", "Decoding, GB/s (of a copy)"),
+    (lambda r: f"`{r['codec']}`", _share("encode"), _share("decode")),
+  ),
+}
+
+
+def _put(rows: list[Row], path: pathlib.Path) -> None:
+  """Puts each section's table into its page's block."""
+  for section in dict.fromkeys(row["section"] for row in rows):
+    mine = [row for row in rows if row["section"] == section]
+    page.put(path, f"accelerator {section}", markdown(mine))
+
+
+def measured(
+  section: str, rows: Iterable[Row], into: list[Row], path: str | None
+) -> None:
   """Prints each row as soon as it is there, and writes all of them."""
+  where = {
+    "section": section,
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
   for row in rows:
-    into.append(row)
+    into.append(where | row)
     print(
       " ".join(
         f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
@@ -295,6 +425,9 @@ def main() -> None:
   flags.add_argument("--codecs", default=CODECS)
   flags.add_argument("--elements", type=int, default=100_000_000)
   flags.add_argument("--json", help="file to write")
+  flags.add_argument(
+    "--page", help="put the tables into it; without --sections, from the file"
+  )
   args = flags.parse_args()
 
   def words(text: str) -> list[str]:
@@ -307,8 +440,8 @@ def main() -> None:
     words(text) for text in (args.sections, args.precisions, args.forms)
   )
   rows: list[Row] = []
-  device = jax.devices()[0]
-  print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
+  if args.page and args.json and not sections:
+    rows = json.loads(pathlib.Path(args.json).read_text())
   if "training" in sections:
     cases = [
       Training(*case)
@@ -321,7 +454,9 @@ def main() -> None:
       )
       if case[2] <= case[1]
     ]
-    show(training(cases, args.rounds, args.limit), rows, args.json)
+    measured(
+      "training", training(cases, args.rounds, args.limit), rows, args.json
+    )
   if "attacks" in sections:
     found = []
     for search, lanes, form, precision_ in itertools.product(
@@ -329,10 +464,16 @@ def main() -> None:
     ):
       model, _, attack = search.partition(":")
       found.append(Search(model, attack, lanes, form, precision_))
-    show(searches(found, args.dataset, args.first), rows, args.json)
+    measured(
+      "attacks", searches(found, args.dataset, args.first), rows, args.json
+    )
   if "codecs" in sections:
-    show(codecs(args.codecs, args.elements), rows, args.json)
+    measured("codecs", codecs(args.codecs, args.elements), rows, args.json)
+  print(markdown(rows))
+  if args.page:
+    _put(rows, pathlib.Path(args.page))
 
 
 if __name__ == "__main__":
+  host.restart()
   main()

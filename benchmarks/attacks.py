@@ -195,7 +195,7 @@ def task(name: str, dataset: str, seed: int):
     len(data.class_names),
     data.mean,
     data.std,
-    conv=layers.attack_form(),
+    conv=layers.ATTACK_FORM,
   )
   return model, model.init(jax.random.key(seed)), data
 

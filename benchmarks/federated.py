@@ -49,11 +49,20 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
 
   jax.config.update("jax_num_cpu_devices", args.devices or os.cpu_count())
   from benchmarks import federated_ours
-  from mpqfl_jax import engine
+  from mpqfl_jax import engine, exact
 
   task = dict(np.load(folder / "task.npz"))
-  plan = engine.plan(args.plan, jax.default_backend())
   mesh = engine.mesh(args.devices)
+  plan = engine.plan(
+    args.plan,
+    jax.default_backend(),
+    -(-len(task["y"]) // mesh.devices.size),
+    lambda conv: engine.room(
+      federated_ours.network(args.model, task, conv),
+      federated_task.BATCH,
+      jax.local_devices()[0],
+    ),
+  )
   trainer = federated_ours.trainer(args.model, task, plan, mesh)
 
   def started(number: int) -> None:
@@ -62,9 +71,10 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
       (folder / "program.txt").write_text(str(program.as_text()))
       jax.profiler.start_trace(folder / "trace")
 
-  seconds, weights = federated_ours.train(
-    trainer, trainer.fn, args.rounds + 1, started
-  )
+  with exact.products():
+    seconds, weights = federated_ours.train(
+      trainer, trainer.fn, args.rounds + 1, started
+    )
   if args.trace:
     jax.profiler.stop_trace()
   np.savez(folder / "answer.npz", **weights)  # type: ignore[arg-type]
@@ -73,9 +83,10 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   versions = [
     f"{name} {metadata.version(name)}" for name in ("mpqfl_jax", "jax")
   ]
+  size = f"(size={plan.size})" if plan.name == "chunk" else ""
   answer = {
     "seconds": seconds,
-    "plan": f"{plan.name}, {plan.conv}, {mesh.devices.size} devices",
+    "plan": f"{plan.name}{size}, {plan.conv}, {mesh.devices.size} devices",
     "version": ", ".join(versions),
   }
   (folder / "answer.json").write_text(json.dumps(answer))
@@ -85,10 +96,14 @@ def peak(folder: pathlib.Path) -> None:
   """The fastest float32 matrix product of NumPy and of JAX, all cores."""
   import jax
 
+  from mpqfl_jax import exact
+
   best = 0.0
   for side in (1024, 2048, 4096):
     a = np.random.default_rng(0).random((side, side), np.float32)
-    on_device, product = jax.numpy.asarray(a), jax.jit(lambda a: a @ a)
+    on_device = jax.numpy.asarray(a)
+    with exact.products():
+      product = jax.jit(lambda a: a @ a).lower(on_device).compile()
     for run in (
       lambda a=a: a @ a,
       lambda f=product, a=on_device: jax.block_until_ready(f(a)),

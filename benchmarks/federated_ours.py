@@ -20,7 +20,7 @@ from mpqfl_jax import (
   precision,
   transforms,
 )
-from mpqfl_jax.types import Cohort, Examples, Key, PyTree
+from mpqfl_jax.types import Cohort, Examples, Key, Model, PyTree
 
 
 class Trainer(NamedTuple):
@@ -40,6 +40,12 @@ class Trainer(NamedTuple):
   held: PyTree
 
 
+def network(model: str, task: federated_task.Arrays, conv: str) -> Model:
+  """The task's classifier, with convolutions of a form."""
+  shape, classes = task["x"].shape[2:], federated_task.CLASSES
+  return models.make(model, shape, classes, np.zeros(1), np.ones(1), conv)
+
+
 def trainer(
   model: str, task: federated_task.Arrays, plan: engine.Plan, mesh: Mesh
 ) -> Trainer:
@@ -53,14 +59,7 @@ def trainer(
   """
   clients, size = task["y"].shape
   shape = task["x"].shape[2:]
-  net = models.make(
-    model,
-    shape,
-    federated_task.CLASSES,
-    np.zeros(1),
-    np.ones(1),
-    plan.conv,
-  )
+  net = network(model, task, plan.conv)
   params: dict[str, dict[str, np.ndarray]] = {}
   for name, value in task.items():
     if "/" in name:

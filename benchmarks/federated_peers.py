@@ -139,6 +139,8 @@ def run_torch(args: argparse.Namespace, folder: pathlib.Path) -> None:
   from torch.nn import functional
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
+  # Convolutions on a GPU are in TF32 otherwise, which the check finds out.
+  torch.backends.cudnn.allow_tf32 = False
   task = np.load(folder / "task.npz")
   x, y = (part.to(device) for part in torch_data(task))
   net = torch_model(args.model)

@@ -36,7 +36,7 @@ def attack_all(
     defense -> attack -> knowledge -> summary, and the references of the
     attacked images.
   """
-  model = setting.model(config, built.data, layers.attack_form())
+  model = setting.model(config, built.data, layers.ATTACK_FORM)
   auxiliary = view.auxiliary_images(built, watched)
   mean = mean_image(built)
   summaries: dict[str, dict[str, Any]] = {}

@@ -236,7 +236,7 @@ def _attacks(config: Config, built: setting.Setting) -> list[str]:
     return ["No update that an attack could read."]
   shape = max(known, key=lambda work: work.images * work.epochs)
   updates = count(config, built) * len(readable) * len(config.attack_knowledge)
-  model = setting.model(config, built.data, layers.attack_form())
+  model = setting.model(config, built.data, layers.ATTACK_FORM)
   rows = [
     ("attack", "preparing, s", "ms an iteration", "iterations", "s, most")
   ]

@@ -16,7 +16,7 @@ import zlib
 import jax
 import numpy as np
 
-from mpqfl_jax import errors
+from mpqfl_jax import errors, exact
 
 _MARK = "config.json"
 # What may differ between the parts of one run.
@@ -306,7 +306,7 @@ def environment() -> dict[str, Any]:
       "platform": platform.platform(),
       "cores": os.cpu_count(),
       "backend": jax.default_backend(),
-      "matmul_precision": jax.config.jax_default_matmul_precision,
+      "matmul_precision": exact.chosen(),
       "devices": [str(device) for device in jax.devices()],
       "xla_flags": os.environ.get("XLA_FLAGS", ""),
     },

@@ -44,7 +44,7 @@ def run(
   """
   begin = time.perf_counter()
   sent, _ = attack.broadcast(config, built)
-  model = setting.model(config, built.data, layers.attack_form())
+  model = setting.model(config, built.data, layers.ATTACK_FORM)
   by_defense = {
     d.spec: attack.updates(config, built, d, sent) for d in built.defenses
   }

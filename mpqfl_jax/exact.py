@@ -11,13 +11,17 @@ import contextlib
 import jax
 
 
+def chosen() -> str | None:
+  """The precision of products here and now; None for the device's default."""
+  return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
 def products() -> contextlib.AbstractContextManager:
   """A context in which products are those of float32.
 
   Who has chosen (`JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32`) has it their
   way. On a CPU, where products are exact by default, nothing is changed.
   """
-  chosen = jax.config.jax_default_matmul_precision is not None
-  if chosen or jax.default_backend() == "cpu":
+  if chosen() is not None or jax.default_backend() == "cpu":
     return contextlib.nullcontext()
   return jax.default_matmul_precision("float32")

@@ -33,7 +33,7 @@ def generator(model: Model, work: core.Work, width: int) -> descent.Variables:
   """
   height, wide, channels = model.image_shape
   small = [-(-side // 2**_DOUBLINGS) for side in (height, wide)]
-  convolve = layers_lib.convolution(layers_lib.attack_form())
+  convolve = layers_lib.convolution(layers_lib.ATTACK_FORM)
   outputs = [width] * (_DOUBLINGS + 1) + [channels]
 
   def init(key: Key) -> PyTree:

@@ -75,7 +75,7 @@ def energy(
   Returns:
     [n] float32.
   """
-  convolve = layers.convolution(layers.attack_form())
+  convolve = layers.convolution(layers.ATTACK_FORM)
   deviation = blur[:, None, None, None]
   square = jnp.square(prior.deviation)
   kept = z * (square / (square + jnp.square(deviation)))
