@@ -313,7 +313,10 @@ def markdown(rows: list[Row]) -> str:
       shown += ["" if "failed" in row else cell(row) for cell in cells[1:]]
       lines.append(shown)
     parts.append(tables.joined(lines))
-  where = [f"{r['device']}, jax {r['jax']}, `{r['xla_flags']}`" for r in rows]
+  where = [
+    f"{r['device']}, jax {r['jax']}, XLA's flags `{r['xla_flags'] or 'none'}`"
+    for r in rows
+  ]
   return "\n\n".join((*parts, "; ".join(dict.fromkeys(where)) + "."))
 
 

@@ -40,8 +40,8 @@ class Accelerator(NamedTuple):
 
   Attributes:
     name: of the product.
-    flops: peak of the number format that JAX multiplies float32 in by default,
-      operations a second, without sparsity.
+    flops: peak of products of float32 that are exact to float32 (`exact`),
+      operations a second.
     link: bytes a second to a neighbour on another host, one way.
     source: of both.
   """
@@ -55,16 +55,17 @@ class Accelerator(NamedTuple):
 ACCELERATORS = (
   Accelerator(
     "H100 SXM",
-    494.7e12,
+    66.9e12,
     50e9,
-    "TF32, half of the data sheet's figure with sparsity; 400 Gb/s of network"
-    " for each GPU, as in a DGX H100",
+    "float32, the data sheet's figure; 400 Gb/s of network for each GPU, as in"
+    " a DGX H100",
   ),
   Accelerator(
     "TPU v5e",
-    197e12,
+    197e12 / 6,
     50e9,
-    "bfloat16; 1,600 Gb/s over four links to other chips, of which one counts",
+    "a sixth of bfloat16's, for a product of float32 is six of them; 1,600 Gb/s"
+    " over four links to other chips, of which one counts",
   ),
 )
 

@@ -10,7 +10,15 @@ import optax
 import pytest
 from scipy import stats
 
-from mpqfl_jax import engine, errors, federated, local, precision, transforms
+from mpqfl_jax import (
+  engine,
+  errors,
+  federated,
+  local,
+  models,
+  precision,
+  transforms,
+)
 from mpqfl_jax.types import ClientResult, Cohort
 from tests import small
 
@@ -434,3 +442,49 @@ def test_wrong_plans_are_refused(spec):
 def test_more_devices_than_there_are():
   with pytest.raises(errors.UserError, match="this machine has 8 cpu"):
     engine.mesh(9)
+
+
+def _auto(cohort, room):
+  return engine.plan("auto", "gpu", cohort, lambda conv: room)
+
+
+def test_an_accelerator_is_filled_as_far_as_its_memory_goes():
+  plan = _auto(10_000, 10**6)
+  assert (plan.name, plan.conv) == ("chunk", "slices")
+  # Ten thousand in twenty chunks, none of which is filled up.
+  assert plan.size == 500
+  assert _auto(100, 10**6).size == 100
+  assert _auto(100, 30).size == 25
+  assert _auto(7, 1).size == 1
+  assert "memory for 30 of" in _auto(100, 30).reason
+
+
+def test_nobody_asks_for_room_on_a_cpu():
+  def room(conv):
+    raise AssertionError
+
+  assert engine.plan("auto", "cpu", 10, room).name == "loop"
+
+
+class _Device:
+  def __init__(self, memory):
+    self.memory = memory
+
+  def memory_stats(self):
+    return self.memory
+
+
+def test_room_is_a_share_of_the_memory_that_a_device_tells():
+  model = models.make("mlp", (4, 4, 1), 2, np.zeros(1), np.ones(1))
+  small = models.make("mlp", (28, 28, 1), 2, np.zeros(1), np.ones(1))
+
+  def room(model, memory, batch=4):
+    return engine.room(model, batch, _Device(memory))
+
+  weights = 16 * 200 + 200 + 200 * 200 + 200 + 200 * 2 + 2
+  numbers = 8 * weights + 4 * models.activations(model)
+  assert room(model, {"bytes_limit": 4 * 4 * numbers * 100}) == 100
+  assert room(model, {"bytes_limit": 1}) == 1
+  assert room(model, None) == room(model, {"bytes_limit": 8 << 30})
+  assert room(small, None) < room(model, None)
+  assert room(model, None, 64) < room(model, None)

@@ -1,5 +1,7 @@
 """Sizes from the papers, initial weights, normalisation, the loss."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -124,3 +126,23 @@ def test_cross_entropy_of_labels_and_of_probabilities():
 def test_unknown_model_names_the_nearest():
   with pytest.raises(errors.UserError, match="Did you mean 'lenet_zhu'"):
     _make("lenet_zu")
+
+
+@pytest.mark.parametrize("conv", ["xla", "slices"])
+def test_activations_are_what_layers_compute(conv):
+  make = functools.partial(models.make, "mlp", (4, 4, 1), 3)
+  model = make(np.zeros(1), np.ones(1), conv)
+  # Normalised pixels in two steps; product, bias and ReLU of two layers of 200;
+  # product and bias of the last.
+  assert models.activations(model) == 2 * 16 + 2 * 3 * 200 + 2 * 3
+
+
+def test_slices_hold_a_patch_for_each_position():
+  def count(conv):
+    shape, ones = (28, 28, 1), np.ones(1)
+    return models.activations(
+      models.make("lenet_zhu", shape, 10, 0 * ones, ones, conv)
+    )
+
+  patches = 14 * 14 * 25 + 7 * 7 * 25 * 12 + 7 * 7 * 25 * 12
+  assert count("slices") - count("xla") == patches
