@@ -20,7 +20,6 @@ codecs     encoding, packed, and decoding of an update, as a share of a copy
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-import contextlib
 import itertools
 import json
 import os
@@ -51,6 +50,8 @@ from mpqfl_jax.types import Observation
 Row = dict[str, Any]
 # Programs are compiled beside one another, but measured alone.
 COMPILERS = 12
+# Iterations of a search between two looks at the host.
+CHUNK = 100
 
 
 class Training(NamedTuple):
@@ -71,10 +72,6 @@ class Search(NamedTuple):
   lanes: int
   conv: str
   precision: str
-
-
-def _precision(name: str) -> contextlib.AbstractContextManager:
-  return jax.default_matmul_precision(name)
 
 
 def _words(error: Exception) -> str:
@@ -107,7 +104,7 @@ def training(cases: list[Training], rounds: int, limit: float) -> Iterator[Row]:
 
     def compiled(case: Training, task=task):
       plan = engine.Plan("chunk", case.size, case.conv, "")
-      with _precision(case.precision):
+      with jax.default_matmul_precision(case.precision):
         ready = federated_ours.trainer(case.model, task, plan, mesh)
         began = time.perf_counter()
         program = ready.fn.lower(*ready.first()).compile()
@@ -123,9 +120,7 @@ def training(cases: list[Training], rounds: int, limit: float) -> Iterator[Row]:
         if seconds[0] < limit:
           seconds += federated_ours.train(ready, program, rounds)[0]
       except Exception as error:  # A plan that does not fit is a finding.
-        yield case._asdict() | {
-          "failed": f"{type(error).__name__}: {error}"[:300]
-        }
+        yield case._asdict() | {"failed": _words(error)}
         continue
       best = min(seconds[1:] or seconds)
       flops = federated_task.flops_per_client(model)
@@ -172,7 +167,7 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
   """A row a case: seconds an image, what was found, bytes of a lane."""
 
   def ready(case: Search):
-    with _precision("float32"):
+    with jax.default_matmul_precision("float32"):
       model, observation, x, auxiliary = _observed(
         case.model, dataset, first, case.lanes, case.conv
       )
@@ -180,13 +175,14 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
     attack = attacks.make(kind, model, auxiliary=auxiliary, **settings)
 
     def run():
-      with _precision(case.precision):
+      with jax.default_matmul_precision(case.precision):
         return attacks.run(
           attack,
           observation,
           jax.random.key(0),
           devices=jax.devices()[:1],
           width=case.lanes,
+          chunk=CHUNK,
           progress=False,
         )
 
@@ -201,12 +197,10 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
       run, attack, model, observation, x, warm = job.result()
       found = run()
     except Exception as error:
-      yield case._asdict() | {
-        "failed": f"{type(error).__name__}: {error}"[:300]
-      }
+      yield case._asdict() | {"failed": _words(error)}
       continue
     program = runner._program(
-      attack, tuple(jax.devices()[:1]), case.lanes, 100
+      attack, tuple(jax.devices()[:1]), case.lanes, CHUNK
     ).compiled
     advance = next(v for k, v in program.items() if k[0] == "advance")
     psnr = metrics.psnr_db(x, found.x[:, 0])

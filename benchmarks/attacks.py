@@ -252,8 +252,11 @@ def _worker(args: argparse.Namespace) -> None:
 
   if args.devices:
     jax.config.update("jax_num_cpu_devices", min(args.devices, args.images))
+  from mpqfl_jax import exact
+
   work = {"prepare": _prepare, "ours": _ours}[args.worker]
-  work(args, pathlib.Path(args.folder))
+  with exact.products():
+    work(args, pathlib.Path(args.folder))
 
 
 def _command(

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import attacks as beside
 from benchmarks import page
-from mpqfl_jax import attacks, errors, host, specs
+from mpqfl_jax import attacks, errors, exact, host, specs
 from mpqfl_jax.report import tables
 from mpqfl_jax.types import Observation
 
@@ -176,4 +176,5 @@ def main() -> None:
 
 if __name__ == "__main__":
   host.restart()
-  main()
+  with exact.products():
+    main()

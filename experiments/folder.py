@@ -16,7 +16,7 @@ import zlib
 import jax
 import numpy as np
 
-from mpqfl_jax import errors, exact
+from mpqfl_jax import errors
 
 _MARK = "config.json"
 # What may differ between the parts of one run.
@@ -54,6 +54,13 @@ _DERIVED: tuple[tuple[str, Callable[[Any, Any], str]], ...] = (
     lambda old, new: (
       f"its plan is {old['name']} ({old['reason']}), and here it would be"
       f" {new['name']} ({new['reason']}). Use the same kind of machine"
+    ),
+  ),
+  (
+    "matmul_precision",
+    lambda old, new: (
+      f"its products were made in {old} precision, and would be made in {new}."
+      " Set JAX_DEFAULT_MATMUL_PRECISION as it was, or unset it"
     ),
   ),
   (
@@ -197,7 +204,9 @@ def _check_same(
   differing = [
     name
     for name, value in new.items()
-    if name not in _FREE and name not in free and old.get(name) != value
+    if name not in _FREE
+    and name not in free
+    and _binding(name, old.get(name)) != _binding(name, value)
   ]
   derived = dict(_DERIVED)
   by_flag = [
@@ -219,6 +228,13 @@ def _check_same(
       raise errors.UserError(
         f"{folder} cannot go on here: {why} another --output_dir."
       )
+
+
+def _binding(name: str, value: Any) -> Any:
+  """What of a stored value has to stay: of a plan, not why it was picked."""
+  if name == "plan_resolved" and value is not None:
+    return {k: v for k, v in value.items() if k != "reason"}
+  return value
 
 
 def _flag(value: Any) -> str:
@@ -306,7 +322,6 @@ def environment() -> dict[str, Any]:
       "platform": platform.platform(),
       "cores": os.cpu_count(),
       "backend": jax.default_backend(),
-      "matmul_precision": exact.chosen(),
       "devices": [str(device) for device in jax.devices()],
       "xla_flags": os.environ.get("XLA_FLAGS", ""),
     },

@@ -235,6 +235,8 @@ def _measure(
   built = setting.build(values, data)
   if jax.process_count() > 1:
     distributed.agree("data", setting.digests(built))
+    plan = built.plan._replace(reason="")._asdict()
+    distributed.agree("plan", plan | {"matmul_precision": exact.chosen()})
   _TASKS[values.task].check(values, built)
   writers.check(values.writers)
   run_dir = pathlib.Path(values.output_dir)
@@ -244,6 +246,7 @@ def _measure(
       {
         **dataclasses.asdict(values),
         "plan_resolved": built.plan._asdict(),
+        "matmul_precision": exact.chosen(),
         "client_state_resolved": {
           name: place._asdict() for name, place in built.places.items()
         },

@@ -135,7 +135,7 @@ def _plan(
   return engine.plan(
     config.plan,
     jax.default_backend(),
-    -(-config.cohort_size // mesh.devices.size),
+    -(-_capacity(config, config.num_clients) // mesh.devices.size),
     lambda conv: engine.room(
       model(config, data, conv), config.batch_size, jax.local_devices()[0]
     ),

@@ -118,7 +118,8 @@ def room(
 
   A client is counted with its parameters eight times (local ones, gradient,
   update, codes, sums) and with what the forward pass of a step computes, which
-  the backward pass needs.
+  the backward pass needs. What else there is, such as the gradients of single
+  examples of DP-SGD, has to do with the rest of the memory.
 
   Args:
     model: the classifier, in the form in which it will convolve.

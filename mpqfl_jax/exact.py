@@ -7,13 +7,15 @@ with patience finds.
 """
 
 import contextlib
+from typing import Any
 
 import jax
 
 
-def chosen() -> str | None:
-  """The precision of products here and now; None for the device's default."""
-  return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+def chosen() -> str:
+  """The precision of products here and now; `default` is the device's own."""
+  config: Any = jax.config
+  return config.jax_default_matmul_precision or "default"
 
 
 def products() -> contextlib.AbstractContextManager:
@@ -22,6 +24,6 @@ def products() -> contextlib.AbstractContextManager:
   Who has chosen (`JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32`) has it their
   way. On a CPU, where products are exact by default, nothing is changed.
   """
-  if chosen() is not None or jax.default_backend() == "cpu":
+  if chosen() != "default" or jax.default_backend() == "cpu":
     return contextlib.nullcontext()
   return jax.default_matmul_precision("float32")

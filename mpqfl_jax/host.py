@@ -1,7 +1,8 @@
-"""Settings of a process that computes on a CPU, made before JAX starts.
+"""Settings of a process, made before JAX starts.
 
-They change how fast arrays are made, and nothing else but the last bit of sums.
-Entry points ask for them; a library must not do it behind its user's back.
+On a CPU they change how fast arrays are made, and nothing else but the last bit
+of sums; on a GPU, that a run repeats. Entry points ask for them; a library must
+not do it behind its user's back.
 
 glibc maps each array above 32 MB afresh and gives it back when it dies, so that
 the kernel clears every page of every result before it is written: for a pass

@@ -286,7 +286,7 @@ _STACKS: dict[str, tuple[Layer, ...]] = {
 }
 
 
-# What only reads another array in another way, and what computes with it does.
+# Operations that read an array in another order, which XLA does not keep.
 _VIEWS = {
   *("slice", "pad", "reshape", "squeeze", "transpose", "broadcast_in_dim"),
   "convert_element_type",

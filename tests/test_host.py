@@ -92,12 +92,14 @@ def test_a_restart_is_the_same_process_with_the_settings(tmp_path):
 
 
 def test_variables_leave_what_is_set(monkeypatch):
+  monkeypatch.setattr(host, "_GPU_PLUGINS", ())
   monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_prefer_vector_width=128")
   assert host.variables() == {}
 
 
 def test_other_flags_are_kept(monkeypatch):
+  monkeypatch.setattr(host, "_GPU_PLUGINS", ())
   monkeypatch.setattr(host, "_processor_flags", lambda: ["avx512f"])
   monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
   wanted = host.variables()["XLA_FLAGS"]

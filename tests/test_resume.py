@@ -171,6 +171,12 @@ def test_a_slip_in_the_folders_name_begins_no_run(tmp_path, capfd):
       {"name": "vmap", "size": 0, "reason": "gpu: wide"},
       "its plan is loop (cpu: slow), and here it would be vmap (gpu: wide)",
     ),
+    (
+      "matmul_precision",
+      "tensorfloat32",
+      "float32",
+      "made in tensorfloat32 precision, and would be made in float32",
+    ),
     ("parameters", 1000, 2000, "had 1,000 parameters and has 2,000 now"),
     ("client_state_resolved", {"a": {}}, {"b": {}}, "states of clients"),
     ("parameters", None, 2000, "of an older version"),
@@ -328,3 +334,13 @@ def test_killed_at_random_moments(kind, wanted, whole, with_states, tmp_path):
   _, err = process.communicate(timeout=900)
   assert process.returncode == 0, err.decode()
   assert _ends(run) == _ends(end)
+
+
+def test_another_reason_for_the_same_plan_is_no_other_plan(tmp_path):
+  def config(reason):
+    plan = {"name": "chunk", "size": 100, "reason": reason}
+    return {"task": "train", "plan_resolved": plan}
+
+  place = str(tmp_path / "run")
+  folder.create(place, config("room for 400"))
+  folder.create(place, config("room for 512"), resume=True)

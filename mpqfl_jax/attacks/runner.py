@@ -162,7 +162,7 @@ def _call(program: _Program, name: str, *args) -> tuple[Any, float]:
   """Calls a function of the program; also the seconds spent on compiling it."""
   shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), args)
   leaves, structure = jax.tree.flatten(shapes)
-  signature = (name, tuple(map(str, leaves)), structure)
+  signature = (name, exact.chosen(), tuple(map(str, leaves)), structure)
   seconds = 0.0
   if signature not in program.compiled:
     begin = time.perf_counter()
