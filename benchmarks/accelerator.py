@@ -138,7 +138,7 @@ def _observed(
   name: str, dataset: str, first: int, count: int, conv: str
 ) -> tuple[Any, Observation, np.ndarray, np.ndarray]:
   """A model, undefended updates of single test images, images, auxiliary."""
-  model, params, data = beside.task(name, dataset, 0)
+  model, params, data = beside.task(name, dataset, 0, conv)
   rows = slice(first, first + count)
   x = data.x_test[rows] / np.float32(255)
   y = np.asarray(data.y_test[rows], np.int32)
@@ -152,15 +152,7 @@ def _observed(
     jnp.asarray(y)[:, None, None],
     jnp.ones(count),
   )
-  net = models.make(
-    name,
-    data.x_train.shape[1:],
-    len(data.class_names),
-    data.mean,
-    data.std,
-    conv,
-  )
-  return net, observation, x, np.asarray(data.x_train)
+  return model, observation, x, np.asarray(data.x_train)
 
 
 def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:

@@ -182,8 +182,15 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   )
 
 
-def task(name: str, dataset: str, seed: int):
-  """The model of a name, its initial weights, and the data set."""
+def task(name: str, dataset: str, seed: int, conv: str | None = None):
+  """The model of a name, its initial weights, and the data set.
+
+  Args:
+    name: of the model.
+    dataset: an embedded one.
+    seed: of the weights.
+    conv: the form of convolutions; default `layers.ATTACK_FORM`.
+  """
   import jax
 
   from mpqfl_jax import datasets, layers, models
@@ -195,7 +202,7 @@ def task(name: str, dataset: str, seed: int):
     len(data.class_names),
     data.mean,
     data.std,
-    conv=layers.ATTACK_FORM,
+    conv=conv or layers.ATTACK_FORM,
   )
   return model, model.init(jax.random.key(seed)), data
 

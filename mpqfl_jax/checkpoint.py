@@ -1,12 +1,14 @@
 """Checkpoints of a run: whole, verified, and never trusted blindly.
 
 Orbax writes the arrays; a folder gets its name only when it is complete, so
-that a process that dies at any moment leaves the checkpoints before. Each holds
-a SHA-256 of its arrays, because a damaged file can still be read.
+that a process that dies at any moment leaves the checkpoints before. Each lists
+the SHA-256 of its files, which are compared before anything reads them: a
+damaged file can still be read, or take the process down that tries.
 """
 
 from collections.abc import Callable
 import hashlib
+import json
 import pathlib
 import re
 import shutil
@@ -20,10 +22,11 @@ from mpqfl_jax.types import PyTree
 _NAME = re.compile(r"step_(\d+)")
 # How many checkpoints stay.
 KEEP = 2
+_PARTIAL, _FILES = "partial", "files.json"
 
 
 class DamagedError(Exception):
-  """A checkpoint whose arrays are not the ones that were saved."""
+  """A checkpoint that is not the one that was saved."""
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -43,13 +46,16 @@ def save(
     tree: a pytree of arrays; NumPy's keep their dtypes.
     keep: how many stay.
   """
-  tree = _on_host(tree)
+  for left in folder.glob(f"{_PARTIAL}*"):
+    shutil.rmtree(left)
+  partial = folder.resolve() / _PARTIAL
   with _checkpointer() as checkpointer:
-    checkpointer.save(
-      folder.resolve() / f"step_{step:08d}",
-      {"tree": tree, "sha256": _digest(tree)},
-      force=True,
-    )
+    checkpointer.save(partial, _on_host(tree))
+  (partial / _FILES).write_text(json.dumps(_digests(partial)))
+  complete = folder / f"step_{step:08d}"
+  if complete.exists():  # Damaged, or the run would have gone on from it.
+    shutil.rmtree(complete)
+  partial.rename(complete)
   for old in steps(folder)[:-keep]:
     shutil.rmtree(folder / f"step_{old:08d}")
 
@@ -80,17 +86,16 @@ def restore_latest(
 
 
 def _restore(path: pathlib.Path, like: PyTree) -> PyTree:
-  target = {"tree": like, "sha256": np.zeros(32, np.uint8)}
+  if json.loads((path / _FILES).read_text()) != _digests(path):
+    raise DamagedError("its files are not the ones that were saved")
   with _checkpointer() as checkpointer:
-    found = checkpointer.restore(path.resolve(), target)
+    found = checkpointer.restore(path.resolve(), like)
   tree = jax.tree.map(
-    lambda want, got: np.asarray(got, want.dtype), like, found["tree"]
+    lambda want, got: np.asarray(got, want.dtype), like, found
   )
   for want, got in zip(*map(jax.tree.leaves, (like, tree)), strict=True):
     if want.shape != got.shape:
       raise DamagedError(f"an array has shape {got.shape}, not {want.shape}")
-  if not np.array_equal(_digest(tree), np.asarray(found["sha256"])):
-    raise DamagedError("its arrays do not have the digest they were saved with")
   return tree
 
 
@@ -109,10 +114,12 @@ def _on_host(tree: PyTree) -> PyTree:
   return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
-def _digest(tree: PyTree) -> np.ndarray:
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(tree):
-    array = np.ascontiguousarray(leaf)
-    digest.update(f"{array.dtype}{array.shape}".encode())
-    digest.update(array.tobytes())
-  return np.frombuffer(digest.digest(), np.uint8)
+def _digests(path: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of every file below a folder, by its name there."""
+  digests = {}
+  for file in sorted(path.rglob("*")):
+    if file.is_file() and file.name != _FILES:
+      with file.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+      digests[str(file.relative_to(path))] = digest
+  return digests
