@@ -339,7 +339,7 @@ def test_killed_at_random_moments(kind, wanted, whole, with_states, tmp_path):
 def test_another_reason_for_the_same_plan_is_no_other_plan(tmp_path):
   def config(reason):
     plan = {"name": "chunk", "size": 100, "reason": reason}
-    return {"task": "train", "plan_resolved": plan}
+    return {"task": "train", "seed": 0, "plan_resolved": plan}
 
   place = str(tmp_path / "run")
   folder.create(place, config("room for 400"))
