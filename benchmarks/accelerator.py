@@ -12,7 +12,7 @@ training   rounds of the work of `benchmarks.federated` for each number of
            the first round are compared with NumPy's in float64.
 attacks    searches on undefended updates of test images, for each number of
            lanes and each form; the bytes of a lane, as the compiled program
-           says, beside what `attacks.lane_bytes` says.
+           says, beside what `lane_bytes` says.
 codecs     encoding, packed, and decoding of an update, as a share of a copy
            of it on the device.
 """
@@ -134,37 +134,20 @@ def training(cases: list[Training], rounds: int, limit: float) -> Iterator[Row]:
       }
 
 
-def _observed(
-  name: str, dataset: str, first: int, count: int, conv: str
-) -> tuple[Any, Observation, np.ndarray, np.ndarray]:
-  """A model, undefended updates of single test images, images, auxiliary."""
-  model, params, data = beside.task(name, dataset, 0, conv)
-  rows = slice(first, first + count)
-  x = data.x_test[rows] / np.float32(255)
-  y = np.asarray(data.y_test[rows], np.int32)
-  sent = jax.jit(
-    jax.vmap(lambda x, y: attacks.simulate(model, params, x, y, 1.0))
-  )(x[:, None, None], y[:, None, None])
-  observation = Observation(
-    jax.tree.map(lambda a: np.broadcast_to(a, (count, *a.shape)), params),
-    jax.device_get(sent),
-    None,
-    jnp.asarray(y)[:, None, None],
-    jnp.ones(count),
-  )
-  return model, observation, x, np.asarray(data.x_train)
-
-
 def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
   """A row a case: seconds an image, what was found, bytes of a lane."""
 
   def ready(case: Search):
+    model, params, data = beside.task(case.model, dataset, 0, case.conv)
+    rows = slice(first, first + case.lanes)
+    x = data.x_test[rows] / np.float32(255)
+    y = np.asarray(data.y_test[rows])
     with jax.default_matmul_precision("float32"):
-      model, observation, x, auxiliary = _observed(
-        case.model, dataset, first, case.lanes, case.conv
-      )
+      observation = beside.observed(model, params, x, y, labels_known=True)
     kind, settings = specs.parse(case.attack)
-    attack = attacks.make(kind, model, auxiliary=auxiliary, **settings)
+    attack = attacks.make(
+      kind, model, auxiliary=np.asarray(data.x_train), **settings
+    )
 
     def run():
       with jax.default_matmul_precision(case.precision):
@@ -196,6 +179,8 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
     ).compiled
     advance = next(v for k, v in program.items() if k[0] == "advance")
     psnr = metrics.psnr_db(x, found.x[:, 0])
+    single = jax.tree.map(lambda a: a[0], observation)
+    activations = models.activations(model)
     yield case._asdict() | {
       "seconds": found.seconds,
       "seconds_per_image": found.seconds / case.lanes,
@@ -204,13 +189,9 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
       "psnr_db_median": float(np.median(psnr)),
       "success_rate": metrics.success_rate(psnr).rate,
       "compile_seconds": warm.compile_seconds,
-      "parameters": trees.size(model.init(jax.random.key(0))),
-      "activations": models.activations(model),
-      "lane_bytes": lane_bytes(
-        attack,
-        jax.tree.map(lambda a: a[0], observation),
-        models.activations(model),
-      ),
+      "parameters": trees.size(single.params),
+      "activations": activations,
+      "lane_bytes": lane_bytes(attack, single, activations),
       **_bytes(advance),
     }
 
@@ -270,15 +251,10 @@ def lane_bytes(
     activations: numbers of a forward pass of one image (`models.activations`).
   """
   state = jax.eval_shape(attack.init, jax.random.key(0), observation)
-
-  def size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-  parameters = size(observation.params)
   # The state is there twice where lanes advance in lockstep; a simulated
   # update, its target and what leads back to the images are as large as the
   # parameters.
-  numbers = 2 * size(state) + 6 * parameters
+  numbers = 2 * trees.size(state) + 6 * trees.size(observation.params)
   return 4 * (numbers + 2 * attack.images * activations)
 
 

@@ -148,21 +148,14 @@ def check(comparison: Comparison, peers: Iterable[str]) -> None:
 
 def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import jax
-  import jax.numpy as jnp
 
   from experiments import folder as folder_lib
   from mpqfl_jax import attacks
-  from mpqfl_jax.types import Observation
 
   model, params, data = task(args.model, args.dataset, args.seed)
   truth = np.load(folder / "task.npz")
-  n = len(truth["x"])
-  observation = Observation(
-    jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
-    updates(model, params, truth["x"], truth["y"]),
-    None,
-    truth["y"].astype(np.int32)[:, None, None] if args.labels_known else None,
-    jnp.ones(n),
+  observation = observed(
+    model, params, truth["x"], truth["y"], args.labels_known
   )
   settings = {"iterations": args.iterations} if args.iterations else {}
   attack = attacks.make(
@@ -220,6 +213,23 @@ def updates(model, params, x: np.ndarray, y: np.ndarray):
     for image, label in zip(x, y, strict=True)
   ]
   return jax.tree.map(lambda *a: np.stack(a), *each)
+
+
+def observed(model, params, x: np.ndarray, y: np.ndarray, labels_known: bool):
+  """What `attacks.run` is given of these updates."""
+  import jax
+  import jax.numpy as jnp
+
+  from mpqfl_jax.types import Observation
+
+  n = len(x)
+  return Observation(
+    jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
+    updates(model, params, x, y),
+    None,
+    jnp.asarray(y, jnp.int32)[:, None, None] if labels_known else None,
+    jnp.ones(n),
+  )
 
 
 def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:

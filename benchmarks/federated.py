@@ -53,15 +53,12 @@ def ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
 
   task = dict(np.load(folder / "task.npz"))
   mesh = engine.mesh(args.devices)
-  plan = engine.plan(
+  plan = engine.resolve(
     args.plan,
-    jax.default_backend(),
-    -(-len(task["y"]) // mesh.devices.size),
-    lambda conv: engine.room(
-      federated_ours.network(args.model, task, conv),
-      federated_task.BATCH,
-      jax.local_devices()[0],
-    ),
+    mesh,
+    len(task["y"]),
+    lambda conv: federated_ours.network(args.model, task, conv),
+    federated_task.BATCH,
   )
   trainer = federated_ours.trainer(args.model, task, plan, mesh)
 

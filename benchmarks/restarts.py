@@ -19,14 +19,12 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import attacks as beside
 from benchmarks import page
 from mpqfl_jax import attacks, errors, exact, host, specs
 from mpqfl_jax.report import tables
-from mpqfl_jax.types import Observation
 
 Row = dict[str, Any]
 SEARCHES = (
@@ -72,14 +70,8 @@ def measure(
       " another search."
     )
   x = data.x_test[first : first + 1] / np.float32(255)
-  y = np.asarray(data.y_test[first : first + 1], np.int32)
-  observation = Observation(
-    jax.tree.map(lambda leaf: np.asarray(leaf)[None], params),
-    beside.updates(model, params, x, y),
-    None,
-    jnp.asarray(y)[:, None, None],
-    jnp.ones(1),
-  )
+  y = np.asarray(data.y_test[first : first + 1])
+  observation = beside.observed(model, params, x, y, labels_known=True)
   rows = []
   for width in widths:
     for count in restarts:

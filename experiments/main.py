@@ -155,6 +155,7 @@ def _explain(e: errors.UserError | KeyboardInterrupt) -> tuple[int, str]:
   )
 
 
+@exact.products()
 def run(values: config.Config) -> pathlib.Path | None:
   """Builds everything, makes the run's folder, runs, reports.
 
@@ -167,11 +168,6 @@ def run(values: config.Config) -> pathlib.Path | None:
   Raises:
     UserError: a mistake, found before the folder is made.
   """
-  with exact.products():
-    return _run(values)
-
-
-def _run(values: config.Config) -> pathlib.Path | None:
   if values.dry_run:
     built = setting.build(values)
     _TASKS[values.task].check(values, built)
@@ -201,6 +197,7 @@ def _run(values: config.Config) -> pathlib.Path | None:
   return run_dir
 
 
+@exact.products()
 def measure(
   values: config.Config, data: datasets.Dataset | None = None
 ) -> pathlib.Path:
@@ -210,13 +207,6 @@ def measure(
     values: the config.
     data: the data set, where it is loaded already.
   """
-  with exact.products():
-    return _measure(values, data)
-
-
-def _measure(
-  values: config.Config, data: datasets.Dataset | None
-) -> pathlib.Path:
   environment = folder.environment()
   distributed.agree(
     "config",

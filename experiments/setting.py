@@ -128,20 +128,6 @@ def image_shape(data: datasets.Dataset) -> tuple[int, int, int]:
   return height, width, channels
 
 
-def _plan(
-  config: Config, data: datasets.Dataset, mesh: jax.sharding.Mesh
-) -> engine.Plan:
-  """The plan that the flag asks for, or the one that suits model and cohort."""
-  return engine.plan(
-    config.plan,
-    jax.default_backend(),
-    -(-_capacity(config, config.num_clients) // mesh.devices.size),
-    lambda conv: engine.room(
-      model(config, data, conv), config.batch_size, jax.local_devices()[0]
-    ),
-  )
-
-
 def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
   """Builds everything, so that a mistake shows before anything is written.
 
@@ -154,7 +140,13 @@ def build(config: Config, data: datasets.Dataset | None = None) -> Setting:
   """
   mesh = engine.mesh(config.devices)
   data = data or load_data(config)
-  plan = _plan(config, data, mesh)
+  plan = engine.resolve(
+    config.plan,
+    mesh,
+    _capacity(config, config.num_clients),
+    functools.partial(model, config, data),
+    config.batch_size,
+  )
   net = model(config, data, plan.conv)
   template = jax.eval_shape(net.init, jax.random.key(0))
   if config.task in ("attack", "leakage"):

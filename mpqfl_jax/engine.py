@@ -129,9 +129,35 @@ def room(
   """
   memory = (device.memory_stats() or {}).get("bytes_limit", 8 << 30)
   params = jax.eval_shape(model.init, jax.random.key(0))
-  entries = sum(leaf.size for leaf in jax.tree.leaves(params))
-  numbers = 8 * entries + batch * models.activations(model)
+  numbers = 8 * trees.size(params) + batch * models.activations(model)
   return max(1, int(share * memory / (4 * numbers)))
+
+
+def resolve(
+  spec: str,
+  mesh: Mesh,
+  clients: int,
+  network: Callable[[str], Model],
+  batch: int,
+) -> Plan:
+  """The plan of a spec on these devices; see `plan` and `room`.
+
+  Args:
+    spec: as for `plan`.
+    mesh: the devices.
+    clients: in a round, on all of them.
+    network: form of convolution -> the classifier.
+    batch: images in a step.
+
+  Raises:
+    UserError: as `plan`.
+  """
+  return plan(
+    spec,
+    jax.default_backend(),
+    -(-clients // mesh.devices.size),
+    lambda conv: room(network(conv), batch, jax.local_devices()[0]),
+  )
 
 
 def mesh(num_devices: int | None = None) -> Mesh:

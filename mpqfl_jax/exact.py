@@ -6,6 +6,7 @@ agree to float32 rounding, and a search would stop short of what an adversary
 with patience finds.
 """
 
+from collections.abc import Iterator
 import contextlib
 from typing import Any
 
@@ -18,12 +19,15 @@ def chosen() -> str:
   return config.jax_default_matmul_precision or "default"
 
 
-def products() -> contextlib.AbstractContextManager:
-  """A context in which products are those of float32.
+@contextlib.contextmanager
+def products() -> Iterator[None]:
+  """A context, or a decorator, under which products are those of float32.
 
   Who has chosen (`JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32`) has it their
   way. On a CPU, where products are exact by default, nothing is changed.
   """
   if chosen() != "default" or jax.default_backend() == "cpu":
-    return contextlib.nullcontext()
-  return jax.default_matmul_precision("float32")
+    yield
+    return
+  with jax.default_matmul_precision("float32"):
+    yield

@@ -248,6 +248,7 @@ def default_width(device: jax.Device) -> int:
   return 1 if device.platform == "cpu" else 32
 
 
+@exact.products()
 def run(
   attack: core.AnyAttack,
   observations: Observation,
@@ -284,31 +285,6 @@ def run(
     UserError: the attack does not apply to these observations.
     Interrupted: on an interrupt from the keyboard, with what was found.
   """
-  with exact.products():
-    return _run(
-      attack,
-      observations,
-      key,
-      restarts,
-      devices,
-      width,
-      chunk,
-      channel,
-      progress,
-    )
-
-
-def _run(
-  attack: core.AnyAttack,
-  observations: Observation,
-  key: Key,
-  restarts: int | None,
-  devices: Sequence[jax.Device] | None,
-  width: int | None,
-  chunk: int,
-  channel: core.Channel | None,
-  progress: bool | None,
-) -> Reconstruction:
   restarts = attack.restarts if restarts is None else restarts
   if restarts < 1:
     raise errors.UserError(f"restarts must be at least 1, not {restarts}")
