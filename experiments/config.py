@@ -82,6 +82,7 @@ class Config:
   study_seeds: tuple[int, ...]
   study_batches: tuple[int, ...]
   study_local_steps: tuple[int, ...]
+  study_clients: tuple[int, ...]
   study_encryption: str | None
   study_processes: int
   plan: str
@@ -172,6 +173,8 @@ def _resolve(given: dict[str, Any]) -> Config:
     "study_local_steps",
   ):
     given[name] = _numbers(name, str(given[name]))
+  more = str(given["study_clients"])
+  given["study_clients"] = _numbers("study_clients", more) if more else ()
   config = Config(**given)
   check(config)
   return config
@@ -341,6 +344,18 @@ def _check_study(config: Config) -> None:
           f" not make whole updates of {steps} steps of {batch}. Expected"
           " --study_batches and --study_local_steps whose products divide it."
         )
+  if config.study_clients:
+    if not config.attack or max(config.attack_rounds) < 2:
+      raise errors.UserError(
+        "--study_clients: the number of clients matters to an attacker by what"
+        " training made of them. Expected --attack and, in --attack_rounds, a"
+        " round after the first."
+      )
+    if min(config.study_clients) < 1:
+      raise errors.UserError(
+        f"--study_clients names {min(config.study_clients)}. Expected numbers"
+        " of clients from 1 on."
+      )
   for spec in config.defense:
     if "epsilon" in specs.parse(spec)[1]:
       raise errors.UserError(

@@ -263,6 +263,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
       "study_local_steps", "1", "Local steps of these updates."
     ),
     flags.DEFINE_string(
+      "study_clients",
+      "",
+      "Further numbers of clients, whose training under the first seed is"
+      " attacked in the later rounds of --attack_rounds as well.",
+    ),
+    flags.DEFINE_string(
       "study_encryption",
       None,
       "Costs that python -m benchmarks.encryption wrote with --json, which"

@@ -234,6 +234,8 @@ def _binding(name: str, value: Any) -> Any:
   """What of a stored value has to stay: of a plan, not why it was picked."""
   if name == "plan_resolved" and value is not None:
     return {k: v for k, v in value.items() if k != "reason"}
+  if value == []:
+    return None  # as of an older version, which did not have the flag
   return value
 
 

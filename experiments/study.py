@@ -40,7 +40,8 @@ from mpqfl_jax.report import claims, evidence, frontier
 # What has no influence on the results of a cell.
 _FREE = (
   *("output_dir", "overwrite", "resume", "data_dir", "checkpoint_every"),
-  *("dry_run", "writers", "study_processes"),
+  # `study_clients` is in a cell's own `num_clients`.
+  *("dry_run", "writers", "study_processes", "study_clients"),
   *("coordinator_address", "num_processes", "process_id"),
 )
 # What the task `attack` never reads.
@@ -56,7 +57,7 @@ _ATTACKS = (
 )
 _STUDY = (
   *("study_datasets", "study_seeds", "study_batches", "study_local_steps"),
-  *("study_encryption", "study_processes"),
+  *("study_clients", "study_encryption", "study_processes"),
 )
 # What the grid is made of: it may grow from one start to the next.
 _GRID = (*_STUDY, "defense", "attack", "attack_knowledge")
@@ -69,11 +70,14 @@ class Cell(NamedTuple):
     config: of the run.
     name: for the progress bar.
     twin: whether it repeats an attacked run without the adversary.
+    aside: whether it trains another number of clients than the study's, to be
+      attacked.
   """
 
   config: config.Config
   name: str
   twin: bool = False
+  aside: bool = False
 
   @property
   def folder(self) -> pathlib.Path:
@@ -103,6 +107,11 @@ def grid(values: config.Config) -> list[Cell]:
           out.append(Cell(plain, name))
         if attacked and spec == "none":
           out.append(Cell(plain, f"{name}, unwatched", twin=True))
+    for clients in values.study_clients:
+      for spec in values.defense:
+        cell = _train(_of(here, clients), here.study_seeds[0], spec, late)
+        name = f"{dataset}, {clients:,} clients, {spec}"
+        out.append(Cell(cell, name, aside=True))
     for spec in values.attack:
       for steps in values.study_local_steps:
         for batch in values.study_batches:
@@ -124,6 +133,12 @@ def _train(
     values, task="train", seed=seed, defense=(spec,), attack_rounds=rounds
   )
   return _place(values, cell, () if rounds else _ATTACKS)
+
+
+def _of(values: config.Config, clients: int) -> config.Config:
+  """The same study with another number of clients."""
+  cohort = min(values.cohort_size, clients)
+  return dataclasses.replace(values, num_clients=clients, cohort_size=cohort)
 
 
 def _costs(values: config.Config) -> config.Config:
@@ -303,7 +318,9 @@ def _check(values: config.Config, cells: list[Cell]) -> None:
   for dataset in values.study_datasets:
     here = dataclasses.replace(values, dataset=dataset)
     data = setting.load_data(here)
-    setting.build(dataclasses.replace(here, task="train"), data)
+    for clients in (values.num_clients, *values.study_clients):
+      trained = dataclasses.replace(_of(here, clients), task="train")
+      setting.build(trained, data)
     mine = [
       c.config
       for c in cells
@@ -341,9 +358,10 @@ def collect(
       references.setdefault(values.dataset, found["references"])
     elif values.task == "costs":
       paid += folder.read_lines(cell.folder / "costs.jsonl")
-    elif not cell.twin:
+    elif not (cell.twin or cell.aside):
       training += _training_lines(values, found)
-    if values.task == "train" and values.defense == ("none",):
+    own = values.task == "train" and not cell.aside
+    if own and values.defense == ("none",):
       sha = found["final_params_sha256"]
       key = "unwatched" if cell.twin else "watched" if values.attack else ""
       hashes.setdefault(values.dataset, {})[key] = sha
@@ -356,7 +374,9 @@ def collect(
         if line.get("reason") is not None:
           unreadable[line["defense"]] = line["reason"]
           continue
-        where = {"seed": values.seed, "cell": cell.folder.name}
+        where: dict[str, Any] = {"seed": values.seed, "cell": cell.folder.name}
+        if values.task == "train":
+          where["num_clients"] = values.num_clients
         attacks.append({**line, **named, **where})
   twins = [
     {"dataset": name, **{k: v for k, v in both.items() if k}}

@@ -181,6 +181,10 @@ def test_the_hash_follows_what_a_cell_depends_on(tmp_path):
     more = hashes(task, study_datasets="mnist_sample,cifar10_sample")
     assert base < more and len(more) == 2 * len(base)
   assert hashes("attack") == hashes("attack", rounds=9, num_clients=50)
+  watched = {"attack_rounds": "2"}
+  assert hashes("train", **watched) < hashes(
+    "train", **watched, study_clients="50"
+  )
   assert hashes("train") == hashes("train", attack="map", attack_restarts=4)
   assert not hashes("train") & hashes("train", rounds=9)
 
@@ -303,7 +307,90 @@ def test_settings_stand_side_by_side(pretended):
   text = study_tables.settings_markdown(study_tables.read(pretended))
   head, _, *rows = text.splitlines()
   assert head.endswith("| batch of 1 | batch of 2 |")
-  assert rows[1] == "| paper | 10.5 / 10.5 | 10.5 / 10.5 |" and len(rows) == 3
+  assert rows[1] == "| paper | 10.5 / 10.5 | 10.5 / 10.5 |"
+  nothing = tables.MISSING
+  assert rows[3:] == [
+    f"| _best guess, no attack_ | {nothing} | {nothing} |",
+    "| _images_ | 2 | 2 |",
+  ]
+  assert 'id="throughout"' in (pretended / "report.html").read_text()
+
+
+def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
+  few = {"attack_rounds": "1,2", "study_seeds": "0,1"}
+  plain = study.grid(tiny(tmp_path, **few))
+  cells = study.grid(tiny(tmp_path, study_clients="2,500", **few))
+  more = [c for c in cells if c.aside]
+  assert [c for c in cells if not c.aside] == plain and len(more) == 2 * 3
+  assert {(c.config.num_clients, c.config.cohort_size) for c in more} == {
+    (2, 2),
+    (500, 3),
+  }
+  assert all(
+    c.config.seed == 0 and c.config.attack_rounds == (2,) for c in more
+  )
+
+  def late(values, data=None):
+    place = pretend(values)
+    if values.task == "train" and values.attack:
+      lines = [
+        {
+          **base,
+          "knowledge": knowledge,
+          "weights": "trained",
+          "round": 2,
+          "psnr_db": float(values.num_clients % 97),
+          "guess_psnr_db": 7.0,
+        }
+        for knowledge in values.attack_knowledge
+        for base in reconstruction(values)
+      ]
+      text = "".join(json.dumps(line) + "\n" for line in lines)
+      (place / "attacks.jsonl").write_text(text)
+    return place
+
+  def reconstruction(values):
+    yield {
+      "defense": values.defense[0],
+      "attack": "dlg",
+      "dataset": values.dataset,
+      "image": "train:5",
+      "local_steps": 1,
+      "batch_size": 4,
+      "ssim": 0.5,
+    }
+
+  values = tiny(tmp_path / "s", study_clients="2,500", **few)
+  run = study.run(values, late)
+  found = study_tables.read(run)
+  # Accuracy is the study's own: of a hundred clients, two seeds.
+  assert len(found.results.training) == 2 * 3
+  assert {a.get("num_clients") for a in found.results.attacks} == {
+    *(None, 2, 100, 500)
+  }
+  head, _, *rows = study_tables.settings_markdown(found).splitlines()
+  assert head.endswith(
+    "| batch of 1 | trained weights, 2 clients | trained weights, 100 clients"
+    " | trained weights, 500 clients |"
+  )
+  assert rows[0].endswith("| 2.0 / 2.0 | 3.0 / 3.0 | 15.0 / 15.0 |")
+  assert rows[-2].endswith("| 7.0 | 7.0 | 7.0 |")
+  claim = {c["key"]: c for c in found.summary["claims"]}["i"]
+  assert "trained weights (500 clients), 1 step of 4" in claim["words"]
+
+
+@pytest.mark.parametrize(
+  "given, said",
+  [
+    ({"study_clients": "500"}, "a round after the first"),
+    ({"study_clients": "0,5", "attack_rounds": "2"}, "from 1 on"),
+  ],
+)
+def test_numbers_of_clients_need_training_that_is_attacked(
+  tmp_path, given, said
+):
+  with pytest.raises(errors.UserError, match=said):
+    tiny(tmp_path, **given)
 
 
 def test_costs_stand_beside_what_they_buy(pretended):
@@ -389,7 +476,16 @@ def test_costs_of_encryption_are_checked(tmp_path):
 
 @pytest.mark.parametrize(
   "name",
-  ["smoke", "laptop", "baselines", "frontier", "private", "mixup", "full"],
+  [
+    "smoke",
+    "laptop",
+    "baselines",
+    "frontier",
+    "private",
+    "mixup",
+    "settings",
+    "full",
+  ],
 )
 def test_the_flag_files_are_studies(name):
   with flagsaver.flagsaver():

@@ -494,7 +494,9 @@ def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
 
 
 def _differ_in(a: tuple, b: tuple) -> set[int]:
-  return {i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y}
+  """Of weights, steps and batch: initial weights know no number of clients."""
+  pairs = zip(a[:3], b[:3], strict=True)
+  return {i for i, (x, y) in enumerate(pairs) if x != y}
 
 
 def _tried(results: Results, dataset: str) -> list[str]:
@@ -535,9 +537,10 @@ def _attack(top: evidence.Strongest) -> str:
 
 
 def _place(place: tuple) -> str:
-  weights, steps, batch = place
+  weights, steps, batch, clients = place
   plural = "" if steps == 1 else "s"
-  return f"{weights} weights, {steps} step{plural} of {batch}:"
+  of = f" ({clients:,} clients)" if clients else ""
+  return f"{weights} weights{of}, {steps} step{plural} of {batch}:"
 
 
 def _points(value: evidence.Interval) -> str:

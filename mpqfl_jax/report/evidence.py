@@ -31,7 +31,7 @@ class Results(NamedTuple):
       defense, test_accuracy, uplink_bytes_per_client,
       uplink_bytes_per_client_float32, epsilon, final_params_sha256`.
     attacks: a line for each reconstructed image, as in `attacks.jsonl`, with
-      the `seed` of its run.
+      the `seed` of its run and, of an update in training, its `num_clients`.
     references: data set -> guess without an attack -> its medians over the
       attacked images.
     twins: a line for each data set: SHA-256 of the undefended model `watched`
@@ -103,8 +103,17 @@ def defenses(results: Results) -> list[str]:
 
 
 def setting(line: Line) -> tuple:
-  """What else than the defence an attack's outcome depends on."""
-  return (line["weights"], line["local_steps"], line["batch_size"])
+  """What else than the defence an attack's outcome depends on.
+
+  The weights, local steps, images in each, and the number of clients, which
+  only training reads: 0 elsewhere.
+  """
+  return (
+    line["weights"],
+    line["local_steps"],
+    line["batch_size"],
+    line.get("num_clients", 0),
+  )
 
 
 def base_setting(results: Results, dataset: str) -> tuple | None:

@@ -310,22 +310,34 @@ def settings(
 ) -> Iterator[tuple[str, Callable[[evidence.Line], bool]]]:
   """Settings in words, and which lines are of them.
 
-  Clients that train hold what they hold: late updates are of all shapes.
+  Clients that train hold what they hold: late updates are of all shapes, and
+  told apart by round and number of clients, where there are several.
   """
-  found = {
-    evidence.setting(a) for a in results.attacks if a["dataset"] == dataset
-  }
-  first = sorted(s for s in found if s[0] == "initial")
+  mine = [a for a in results.attacks if a["dataset"] == dataset]
+  late = [a for a in mine if a["weights"] != "initial"]
+  initial = {evidence.setting(a) for a in mine if a["weights"] == "initial"}
 
   def like(where: tuple) -> Callable[[evidence.Line], bool]:
     return lambda line: evidence.setting(line) == where
 
-  for where in first:
-    _, steps, batch = where
+  for where in sorted(initial):
+    _, steps, batch, _ = where
     words = f"batch of {batch}" + (f", {steps} steps" if steps > 1 else "")
     yield words, like(where)
-  if len(first) < len(found):
-    yield "trained weights", lambda line: line["weights"] != "initial"
+
+  def when(line: evidence.Line) -> tuple[int, int]:
+    return (line.get("num_clients", 0), line["round"])
+
+  def then(moment: tuple[int, int]) -> Callable[[evidence.Line], bool]:
+    return lambda line: line["weights"] != "initial" and when(line) == moment
+
+  moments = sorted({when(a) for a in late})
+  populations, rounds = ({m[axis] for m in moments} for axis in (0, 1))
+  for clients, number in moments:
+    words = "trained weights"
+    words += f", round {number}" * (len(rounds) > 1)
+    words += f", {clients:,} clients" * (len(populations) > 1)
+    yield words, then((clients, number))
 
 
 def mixing_helps(results: Results) -> claims.Claim:

@@ -64,6 +64,10 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     ablation=[
       (a, *_ablation_text(a)) for a in frontier.ablation(study.results)
     ],
+    # With one setting alone it would repeat the tables of the defences.
+    by_setting=[
+      t for t in study_tables.by_setting(study) if len(t.settings) > 1
+    ],
     walls=list(_walls(study, folder)),
     encryption=study.results.encryption or [],
     regimes=sorted({a["knowledge"] for a in study.results.attacks}),

@@ -5,6 +5,8 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mpqfl_jax import errors
 from mpqfl_jax.report import (
   claims,
@@ -49,6 +51,22 @@ class Costs(NamedTuple):
 
   dataset: str
   rows: list[tuple[costs.Row, Row]]
+
+
+class BySetting(NamedTuple):
+  """How attacks fare on one data set, setting by setting, as text.
+
+  Attributes:
+    dataset: its name.
+    settings: the columns, in words.
+    rows: (defence, a cell a column: blind / adaptive, dB).
+    beside: (name, a cell a column) of what is no defence.
+  """
+
+  dataset: str
+  settings: list[str]
+  rows: list[tuple[str, list[str]]]
+  beside: list[tuple[str, list[str]]]
 
 
 class Study(NamedTuple):
@@ -146,16 +164,29 @@ def gains_markdown(study: Study) -> str:
 
 def settings_markdown(study: Study) -> str:
   """The strongest attack on each defence, blind and adaptive, by setting."""
-  results = study.results
   lines: list[str] = []
-  for dataset in evidence.datasets(results):
-    where = list(frontier.settings(results, dataset))
+  for table in by_setting(study):
     lines += [
       *([""] if lines else []),
-      f"| {dataset}: blind / adaptive, dB |"
-      + "".join(f" {words} |" for words, _ in where),
-      "| :-- |" + " --: |" * len(where),
+      f"| {table.dataset}: blind / adaptive, dB |"
+      + "".join(f" {words} |" for words in table.settings),
+      "| :-- |" + " --: |" * len(table.settings),
     ]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in table.rows]
+    lines += [
+      f"| _{name}_ | {' | '.join(cells)} |" for name, cells in table.beside
+    ]
+  return "\n".join(lines) + "\n"
+
+
+def by_setting(study: Study) -> Iterator[BySetting]:
+  """A table a data set: the strongest attacks, setting by setting."""
+  results = study.results
+  for dataset in evidence.datasets(results):
+    where = list(frontier.settings(results, dataset))
+    if not where:
+      continue
+    rows = []
     for name in evidence.defenses(results):
       cells = []
       for _, keep in where:
@@ -168,8 +199,27 @@ def settings_markdown(study: Study) -> str:
           for knowledge in ("blind", "adaptive")
         )
         cells.append(" / ".join(map(_median, tops)))
-      lines.append(f"| {name} | {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+      rows.append((name, cells))
+    found = [
+      [a for a in results.attacks if a["dataset"] == dataset and keep(a)]
+      for _, keep in where
+    ]
+    guesses = [_guess(lines) for lines in found]
+    images = [
+      f"{len({(a['image'], a['round']) for a in lines}):,}" for lines in found
+    ]
+    beside = [("best guess, no attack", guesses), ("images", images)]
+    yield BySetting(dataset, [words for words, _ in where], rows, beside)
+
+
+def _guess(lines: Iterable[evidence.Line]) -> str:
+  """Median PSNR of the best guess for each image."""
+  known = {
+    (a["image"], a["round"]): a["guess_psnr_db"]
+    for a in lines
+    if a.get("guess_psnr_db") is not None
+  }
+  return f"{np.median(list(known.values())):.1f}" if known else tables.MISSING
 
 
 def costs_markdown(study: Study) -> str:
