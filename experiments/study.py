@@ -22,7 +22,6 @@ import warnings
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
-import tqdm
 
 from experiments import (
   adversary,
@@ -30,6 +29,7 @@ from experiments import (
   config,
   costs,
   folder,
+  progress,
   setting,
   summary,
   workers,
@@ -215,19 +215,11 @@ def run(
     _GRID,
   )
   todo = [cell for cell in cells if not _done(cell)]
-  bar = tqdm.tqdm(
-    desc="study",
-    initial=len(cells) - len(todo),
-    total=len(cells),
-    unit="cell",
-    disable=None,
-  )
   place = run_dir / "compiled"
   perform = functools.partial(_perform, measure, place)
-  with bar, _programs_kept(place):
+  with progress.table(cells, todo) as advance, _programs_kept(place):
     for cell in _performed(values, perform, todo):
-      bar.set_postfix_str(cell.name)
-      bar.update()
+      advance(cell)
   results = collect(cells, encryption)
   written = write(run_dir, values, results)
   folder.write_json(
