@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import config, main, study
+from experiments import config, main, study, study_grid
 from mpqfl_jax import errors
 from mpqfl_jax.report import html, study_tables, tables
 from tests import browser
@@ -145,7 +145,7 @@ def pretended(tmp_path_factory):
 
 
 def test_the_grid_is_the_product(tmp_path):
-  cells = study.grid(
+  cells = study_grid.cells(
     tiny(tmp_path, study_batches="1,2", attack="dlg,map", study_seeds="0,5")
   )
   train = [c for c in cells if c.config.task == "train"]
@@ -160,7 +160,7 @@ def test_the_grid_is_the_product(tmp_path):
 
 
 def test_late_rounds_are_attacked_under_one_seed_beside_a_twin(tmp_path):
-  cells = study.grid(tiny(tmp_path, attack_rounds="1,2"))
+  cells = study_grid.cells(tiny(tmp_path, attack_rounds="1,2"))
   watched = [c for c in cells if c.config.task == "train" and c.config.attack]
   assert [c.config.attack_rounds for c in watched] == [(2,)] * 3
   twins = [c for c in cells if c.twin]
@@ -170,8 +170,10 @@ def test_late_rounds_are_attacked_under_one_seed_beside_a_twin(tmp_path):
 
 def test_the_hash_follows_what_a_cell_depends_on(tmp_path):
   def hashes(task, **kw):
-    cells = study.grid(tiny(tmp_path, **kw))
-    return {study.cell_hash(c.config) for c in cells if c.config.task == task}
+    cells = study_grid.cells(tiny(tmp_path, **kw))
+    return {
+      study_grid.cell_hash(c.config) for c in cells if c.config.task == task
+    }
 
   for task in ("train", "attack"):
     base = hashes(task)
@@ -318,8 +320,8 @@ def test_settings_stand_side_by_side(pretended):
 
 def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
   few = {"attack_rounds": "1,2", "study_seeds": "0,1"}
-  plain = study.grid(tiny(tmp_path, **few))
-  cells = study.grid(tiny(tmp_path, study_clients="2,500", **few))
+  plain = study_grid.cells(tiny(tmp_path, **few))
+  cells = study_grid.cells(tiny(tmp_path, study_clients="2,500", **few))
   more = [c for c in cells if c.aside]
   assert [c for c in cells if not c.aside] == plain and len(more) == 2 * 3
   assert {(c.config.num_clients, c.config.cohort_size) for c in more} == {
@@ -492,7 +494,7 @@ def test_the_flag_files_are_studies(name):
     path = config.FLAGS_DIR / f"study_{name}.flags"
     flags.FLAGS(["main", f"--flagfile={path}"])
     values = config.from_flags(flags.FLAGS)
-  assert values.task == "study" and study.grid(values)
+  assert values.task == "study" and study_grid.cells(values)
 
 
 @pytest.mark.slow

@@ -4,32 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
-from typing import Protocol
 
 import tqdm
+
+from experiments.study_grid import Cell
 
 # What cells are called that have a task.
 _KINDS = {"train": "training", "attack": "attacks", "costs": "costs"}
 
 
-class _Config(Protocol):
-  @property
-  def task(self) -> str: ...
-  @property
-  def dataset(self) -> str: ...
-
-
-class _Cell(Protocol):
-  @property
-  def config(self) -> _Config: ...
-  @property
-  def name(self) -> str: ...
-
-
 @contextlib.contextmanager
 def table(
-  cells: Sequence[_Cell], todo: Sequence[_Cell]
-) -> Iterator[Callable[[_Cell], None]]:
+  cells: Sequence[Cell], todo: Sequence[Cell]
+) -> Iterator[Callable[[Cell], None]]:
   """Shows a table of cells that are done, in place; nothing off a terminal.
 
   Args:
@@ -56,7 +43,7 @@ def table(
   done = len(cells) - len(todo)
   whole = line(desc="study", initial=done, total=len(cells), unit="cell")
 
-  def advance(cell: _Cell) -> None:
+  def advance(cell: Cell) -> None:
     left[_place(cell)] -= 1
     dataset = cell.config.dataset
     rows[dataset].set_description_str(text(dataset))
@@ -70,5 +57,5 @@ def table(
       each.close()
 
 
-def _place(cell: _Cell) -> tuple[str, str]:
+def _place(cell: Cell) -> tuple[str, str]:
   return cell.config.dataset, cell.config.task

@@ -3,7 +3,7 @@
 import io
 from types import SimpleNamespace
 
-from experiments import progress
+from experiments import study_progress
 
 
 class Terminal(io.StringIO):
@@ -27,7 +27,7 @@ def test_a_line_a_data_set_and_one_of_all(monkeypatch):
   stream = Terminal()
   monkeypatch.setattr("sys.stderr", stream)
   everything = cells()
-  with progress.table(everything, everything[1:]) as advance:
+  with study_progress.table(everything, everything[1:]) as advance:
     for cell in everything[1:7]:
       advance(cell)
   text = stream.getvalue()
@@ -42,6 +42,6 @@ def test_a_line_a_data_set_and_one_of_all(monkeypatch):
 
 def test_quiet_where_there_is_no_terminal(capsys):
   everything = cells()
-  with progress.table(everything, everything) as advance:
+  with study_progress.table(everything, everything) as advance:
     advance(everything[0])
   assert capsys.readouterr() == ("", "")
