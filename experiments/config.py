@@ -346,16 +346,18 @@ def _check_study(config: Config) -> None:
         )
   if config.study_clients:
     if not config.attack or max(config.attack_rounds) < 2:
+      told = ",".join(map(str, config.study_clients))
       raise errors.UserError(
-        "--study_clients: the number of clients matters to an attacker by what"
-        " training made of them. Expected --attack and, in --attack_rounds, a"
-        " round after the first."
+        f"--study_clients={told} adds training that is attacked, but no round"
+        " of training is. Expected --attack and, in --attack_rounds, a round"
+        " after the first."
       )
-    if min(config.study_clients) < 1:
-      raise errors.UserError(
-        f"--study_clients names {min(config.study_clients)}. Expected numbers"
-        " of clients from 1 on."
-      )
+    for clients in config.study_clients:
+      if clients in (0, config.num_clients):
+        raise errors.UserError(
+          f"--study_clients names {clients}. Expected numbers of clients from 1"
+          f" on, other than --num_clients={config.num_clients}."
+        )
   for spec in config.defense:
     if "epsilon" in specs.parse(spec)[1]:
       raise errors.UserError(

@@ -45,7 +45,8 @@ def run(
   path = run_dir / "costs.jsonl"
   path.unlink(missing_ok=True)
   entries: dict[str, dict[str, Any]] = {}
-  for defense in tqdm.tqdm(built.defenses, desc="costs", disable=None):
+  bar = tqdm.tqdm(built.defenses, desc="costs", leave=None, disable=None)
+  for defense in bar:
     line = {
       "dataset": config.dataset,
       "model": config.model,

@@ -266,7 +266,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
       "study_clients",
       "",
       "Further numbers of clients, whose training under the first seed is"
-      " attacked in the later rounds of --attack_rounds as well.",
+      " attacked in the later rounds of --attack_rounds as well. Of fewer than"
+      " --cohort_size, all take part in a round.",
     ),
     flags.DEFINE_string(
       "study_encryption",

@@ -179,7 +179,10 @@ def create(
     # As a file has it: tuples are lists there.
     new = json.loads(json.dumps(config))
     _check_same(folder, old, new, free)
-    if any(old.get(name) != new[name] for name in free):
+    if any(
+      _binding(name, old.get(name)) != _binding(name, new[name])
+      for name in free
+    ):
       write_json(folder / _MARK, config)
     return folder
   try:

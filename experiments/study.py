@@ -29,6 +29,7 @@ from experiments import (
   study_grid,
   study_progress,
   study_results,
+  train,
   workers,
 )
 from experiments.study_grid import Cell
@@ -164,9 +165,12 @@ def _check(values: config.Config, cells: list[Cell]) -> None:
     data = setting.load_data(here)
     for clients in (values.num_clients, *values.study_clients):
       trained = dataclasses.replace(
-        study_grid.of_clients(here, clients), task="train"
+        study_grid.of_clients(here, clients),
+        task="train",
+        attack_rounds=tuple(r for r in values.attack_rounds if r > 1),
       )
-      setting.build(trained, data)
+      built = setting.build(trained, data)
+      adversary.check(trained, built, train.attacked_shapes(trained, built))
     mine = [
       c.config
       for c in cells

@@ -9,7 +9,7 @@ import tqdm
 
 from experiments.study_grid import Cell
 
-# What cells are called that have a task.
+# Heading of the count of each task's cells.
 _KINDS = {"train": "training", "attack": "attacks", "costs": "costs"}
 
 

@@ -233,6 +233,12 @@ def _references(results: evidence.Results) -> dict[str, dict[str, float]]:
 
 
 def totals(cells: Sequence[Cell], seconds: float) -> dict[str, Any]:
+  """What all cells took together, for `summary.json`.
+
+  Args:
+    cells: of the grid, all of them finished.
+    seconds: since the study was started, which may have found some of them.
+  """
   found = [
     json.loads((cell.folder / "summary.json").read_text()) for cell in cells
   ]

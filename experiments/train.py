@@ -221,6 +221,7 @@ def _train(
     initial=done,
     total=config.rounds,
     unit="round",
+    leave=None,  # not under a study's table
     disable=None if main else True,
   )
   for round_number in bar:

@@ -471,7 +471,10 @@ def _decode(
     builder = tfds.builder_from_directory(str(folder))
     source = builder.as_data_source(split)
     name = f"decoding {builder.info.name} {split}"
-    with tqdm.tqdm(total=size, desc=name, unit="image", disable=None) as bar:
+    bar = tqdm.tqdm(
+      total=size, desc=name, unit="image", leave=None, disable=None
+    )
+    with bar:
       for start in range(0, size, _DECODE_BATCH):
         rows = range(start, min(start + _DECODE_BATCH, size))
         examples = source.__getitems__(list(rows))

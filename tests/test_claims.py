@@ -257,6 +257,47 @@ def test_later_training_and_larger_batches():
   assert throughout(*same[:2], (GOOD, BATCH)).verdict == "fails"
 
 
+def test_other_numbers_of_clients_decide_as_well():
+  few, many = LATE | {"num_clients": 30}, LATE | {"num_clients": 3000}
+  same = [(BAD, kw) for kw in ({}, few, STEPS, BATCH)]
+  whole = throughout(*same)
+  assert whole.verdict == "holds" and "clients" not in whole.words
+  leaking = throughout(*same, (GOOD, many))
+  assert leaking.verdict == "fails" and "few clients" in leaking.statement
+  assert "trained weights (3,000 clients), 1 step of 1" in leaking.words
+  # Other steps of other clients are not steps varied by themselves.
+  two = (BAD, {}), (BAD, few), (BAD, many | STEPS), (BAD, BATCH)
+  assert "local steps" in throughout(*two).words.split("by itself")[1]
+
+
+def test_settings_in_words():
+  late = [
+    attacked("none", GOOD, weights="trained", round=r, num_clients=n)
+    for r, n in ((2, 9), (8, 9), (8, 4000))
+  ]
+
+  def words(*groups):
+    return [w for w, _ in frontier.settings(results(attacks=groups), SET)]
+
+  base = attacked("none", GOOD)
+  assert words(base, late[0]) == ["batch of 1", "trained weights"]
+  assert words(base, *late[:2])[1:] == [
+    "trained weights, round 2",
+    "trained weights, round 8",
+  ]
+  assert words(*late[1:]) == [
+    "trained weights, 9 clients",
+    "trained weights, 4,000 clients",
+  ]
+  assert words(*late)[2] == "trained weights, round 8, 4,000 clients"
+  found = results(attacks=[base, *late])
+  kept = [
+    evidence.lines(found, SET, "none", where=keep)
+    for _, keep in frontier.settings(found, SET)
+  ]
+  assert [len(lines) for lines in kept] == [30] * 4
+
+
 def test_one_setting_that_leaks_is_enough():
   places = ({}, LATE, STEPS, BATCH)
   for leaking in places:

@@ -63,7 +63,7 @@ def pretend(values, data=None):
       "delta": 1e-5 if spec == "paper" else None,
       "epsilon_model": "central" if spec == "paper" else None,
       "epsilon_unit": "client" if spec == "paper" else None,
-      "final_params_sha256": f"{spec} {values.seed}",
+      "final_params_sha256": f"{spec} {values.seed} {values.num_clients}",
       "seconds": 1.0,
       "compile_seconds": 0.5,
       "attacks": {},
@@ -217,6 +217,11 @@ def test_cells_that_are_there_are_not_run_again(tmp_path):
   mark.write_text(json.dumps(before))
   study.run(tiny(tmp_path / "s", resume=True), pretend)
   assert json.loads(mark.read_text()) == before
+  # So does one of before there were numbers of clients.
+  del before["study_clients"]
+  mark.write_text(json.dumps(before))
+  study.run(tiny(tmp_path / "s", resume=True), pretend)
+  assert json.loads(mark.read_text()) == before
   # A grid that has grown runs what is new, and says so in its config.
   grown = []
   run = study.run(
@@ -312,8 +317,9 @@ def test_settings_stand_side_by_side(pretended):
   assert rows[1] == "| paper | 10.5 / 10.5 | 10.5 / 10.5 |"
   nothing = tables.MISSING
   assert rows[3:] == [
-    f"| _best guess, no attack_ | {nothing} | {nothing} |",
+    f"| _best guess for each image_ | {nothing} | {nothing} |",
     "| _images_ | 2 | 2 |",
+    "| _images in an update_ | 1 | 2 |",
   ]
   assert 'id="throughout"' in (pretended / "report.html").read_text()
 
@@ -365,7 +371,10 @@ def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
   values = tiny(tmp_path / "s", study_clients="2,500", **few)
   run = study.run(values, late)
   found = study_tables.read(run)
-  # Accuracy is the study's own: of a hundred clients, two seeds.
+  # Accuracy is the study's own, of a hundred clients and two seeds, and so are
+  # the runs that must be alike with and without an adversary.
+  twin = found.results.twins[0]
+  assert twin["watched"] == twin["unwatched"] == "none 0 100"
   assert len(found.results.training) == 2 * 3
   assert {a.get("num_clients") for a in found.results.attacks} == {
     *(None, 2, 100, 500)
@@ -376,7 +385,8 @@ def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
     " | trained weights, 500 clients |"
   )
   assert rows[0].endswith("| 2.0 / 2.0 | 3.0 / 3.0 | 15.0 / 15.0 |")
-  assert rows[-2].endswith("| 7.0 | 7.0 | 7.0 |")
+  assert rows[-3].endswith("| 7.0 | 7.0 | 7.0 |")
+  assert "(and, attacked, 2, 500)" in html.write(run).read_text()
   claim = {c["key"]: c for c in found.summary["claims"]}["i"]
   assert "trained weights (500 clients), 1 step of 4" in claim["words"]
 
@@ -384,15 +394,36 @@ def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
 @pytest.mark.parametrize(
   "given, said",
   [
-    ({"study_clients": "500"}, "a round after the first"),
-    ({"study_clients": "0,5", "attack_rounds": "2"}, "from 1 on"),
+    ({"study_clients": "500"}, "=500 adds training that is attacked"),
+    ({"study_clients": "0,5", "attack_rounds": "2"}, "names 0. Expected"),
+    ({"study_clients": "5,100", "attack_rounds": "2"}, "names 100. Expected"),
   ],
 )
-def test_numbers_of_clients_need_training_that_is_attacked(
-  tmp_path, given, said
-):
+def test_numbers_of_clients_that_make_no_study(tmp_path, given, said):
   with pytest.raises(errors.UserError, match=said):
     tiny(tmp_path, **given)
+
+
+def test_what_a_cell_in_training_would_refuse_is_refused_at_once(tmp_path):
+  # R-GAP takes the single images of the attack cells, not clients of four.
+  values = tiny(
+    tmp_path / "s",
+    attack="rgap",
+    model="cnn6",
+    attack_rounds="1,2",
+    batch_size=4,
+    client_examples=4,
+  )
+  with pytest.raises(errors.UserError, match="rgap"):
+    study.run(values, pretend)
+  assert not (tmp_path / "s").exists()
+
+
+def test_one_setting_has_no_table_of_its_own(tmp_path):
+  run = study.run(tiny(tmp_path / "s"), pretend)
+  assert 'id="throughout"' not in html.write(run).read_text()
+  bare = study.run(tiny(tmp_path / "b", attack=""), pretend)
+  assert not list(study_tables.by_setting(study_tables.read(bare)))
 
 
 def test_costs_stand_beside_what_they_buy(pretended):

@@ -442,20 +442,26 @@ def holds_throughout(results: Results) -> Claim:
   """(i) How it holds as training proceeds, with batch size and local steps."""
   statement = (
     "The mixed scheme hides images throughout: at initial and trained weights,"
-    " in larger batches and over several local steps."
+    " in larger batches and over several local steps"
   )
+  populations = {a.get("num_clients") for a in results.attacks} - {None}
+  several = len(populations) > 1
+  statement += ", of few clients and many." if several else "."
   mixed = main_mixed(results)
   found = {
     name: finding
     for name in evidence.datasets(results)
-    if mixed and (finding := _throughout(results, name, mixed)) is not None
+    if mixed
+    and (finding := _throughout(results, name, mixed, several)) is not None
   }
   return combine(
     "i", statement, "rate", found, "No attack on a mixed scheme was run."
   )
 
 
-def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
+def _throughout(
+  results: Results, dataset: str, mixed: str, several: bool
+) -> Finding | None:
   places = sorted(
     {evidence.setting(a) for a in results.attacks if a["dataset"] == dataset}
   )
@@ -467,7 +473,7 @@ def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
     )
     if top is None:
       continue
-    text = f"{_place(place)} {_counted(top.rate)}, median"
+    text = f"{_place(place, several)} {_counted(top.rate)}, median"
     text += f" {top.median.value:.1f} dB"
     if bare is None or bare.rate.low <= LEAKS_FROM:
       text += " (not shown to work on undefended updates)"
@@ -494,9 +500,9 @@ def _throughout(results: Results, dataset: str, mixed: str) -> Finding | None:
 
 
 def _differ_in(a: tuple, b: tuple) -> set[int]:
-  """Of weights, steps and batch: initial weights know no number of clients."""
-  pairs = zip(a[:3], b[:3], strict=True)
-  return {i for i, (x, y) in enumerate(pairs) if x != y}
+  """Which parts of two settings differ; initial weights suit all clients."""
+  out = {i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y}
+  return out - {3} if "initial" in (a[0], b[0]) else out
 
 
 def _tried(results: Results, dataset: str) -> list[str]:
@@ -536,10 +542,10 @@ def _attack(top: evidence.Strongest) -> str:
   return f"{top.attack} ({top.knowledge})"
 
 
-def _place(place: tuple) -> str:
+def _place(place: tuple, several: bool) -> str:
   weights, steps, batch, clients = place
   plural = "" if steps == 1 else "s"
-  of = f" ({clients:,} clients)" if clients else ""
+  of = f" ({clients:,} clients)" if clients and several else ""
   return f"{weights} weights{of}, {steps} step{plural} of {batch}:"
 
 

@@ -274,7 +274,7 @@ class Gain(NamedTuple):
 
 
 def gains(results: Results) -> Iterator[Gain]:
-  """Every mixed policy against its uniform code: batches, steps, weights."""
+  """Every mixed policy against its uniform code, setting by setting."""
   for a in ablation(results):
     if a.uniform is None:
       continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import pathlib
+from typing import Any
 
 from mpqfl_jax.report import (
   claims,
@@ -148,11 +149,17 @@ def _subtitle(study: study_tables.Study) -> str:
     ", ".join(config["study_datasets"]),
     config["model"],
     f"{seeds} seed" + ("" if seeds == 1 else "s"),
-    f"{config['num_clients']} clients",
+    f"{config['num_clients']:,} clients{_beside(config)}",
     f"{config['rounds']} rounds",
     f"{study.summary['cells']} runs",
   ]
   return " · ".join(parts)
+
+
+def _beside(config: dict[str, Any]) -> str:
+  """The other numbers of clients, whose training was attacked."""
+  others = [f"{n:,}" for n in config.get("study_clients", ())]
+  return f" (and, attacked, {', '.join(others)})" if others else ""
 
 
 def _ablation_text(a: frontier.Ablation) -> tuple[str, str, str]:

@@ -1,6 +1,6 @@
 """The tables of a study, as rows of text and as Markdown."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -61,12 +61,14 @@ class BySetting(NamedTuple):
     settings: the columns, in words.
     rows: (defence, a cell a column: blind / adaptive, dB).
     beside: (name, a cell a column) of what is no defence.
+    late: whether a column is of trained weights.
   """
 
   dataset: str
   settings: list[str]
   rows: list[tuple[str, list[str]]]
   beside: list[tuple[str, list[str]]]
+  late: bool
 
 
 class Study(NamedTuple):
@@ -204,22 +206,34 @@ def by_setting(study: Study) -> Iterator[BySetting]:
       [a for a in results.attacks if a["dataset"] == dataset and keep(a)]
       for _, keep in where
     ]
-    guesses = [_guess(lines) for lines in found]
-    images = [
-      f"{len({(a['image'], a['round']) for a in lines}):,}" for lines in found
+    beside = [
+      ("best guess for each image", [_guess(lines) for lines in found]),
+      ("images", [_images(lines) for lines in found]),
+      ("images in an update", [_update_sizes(lines) for lines in found]),
     ]
-    beside = [("best guess, no attack", guesses), ("images", images)]
-    yield BySetting(dataset, [words for words, _ in where], rows, beside)
+    late = any(a["weights"] != "initial" for lines in found for a in lines)
+    words = [words for words, _ in where]
+    yield BySetting(dataset, words, rows, beside, late)
 
 
-def _guess(lines: Iterable[evidence.Line]) -> str:
-  """Median PSNR of the best guess for each image."""
+def _guess(lines: Sequence[evidence.Line]) -> str:
+  """Median over the images of what the best guess without an attack scores."""
   known = {
-    (a["image"], a["round"]): a["guess_psnr_db"]
+    a["image"]: a["guess_psnr_db"]
     for a in lines
     if a.get("guess_psnr_db") is not None
   }
   return f"{np.median(list(known.values())):.1f}" if known else tables.MISSING
+
+
+def _images(lines: Sequence[evidence.Line]) -> str:
+  return f"{len({a['image'] for a in lines}):,}"
+
+
+def _update_sizes(lines: Sequence[evidence.Line]) -> str:
+  sizes = {a["local_steps"] * a["batch_size"] for a in lines}
+  low, high = min(sizes), max(sizes)
+  return f"{low}" if low == high else f"{low} to {high}"
 
 
 def costs_markdown(study: Study) -> str:
