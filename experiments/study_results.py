@@ -38,7 +38,8 @@ def collect(
     elif values.task == "costs":
       paid += folder.read_lines(cell.folder / "costs.jsonl")
     elif not (cell.twin or cell.aside):
-      training += _training_lines(values, found)
+      rounds = folder.read_lines(cell.folder / "metrics.jsonl")
+      training += _training_lines(values, found, rounds)
     own = values.task == "train" and not cell.aside
     if own and values.defense == ("none",):
       sha = found["final_params_sha256"]
@@ -68,7 +69,9 @@ def collect(
 
 
 def _training_lines(
-  values: config.Config, found: dict[str, Any]
+  values: config.Config,
+  found: dict[str, Any],
+  rounds: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
   for spec, entry in found["defenses"].items():
     yield {
@@ -85,6 +88,11 @@ def _training_lines(
       },
       "uplink_bytes_per_client_float32": found[
         "uplink_bytes_per_client_float32"
+      ],
+      "accuracies": [
+        [line["round"], line["test_accuracy"]]
+        for line in rounds
+        if line["defense"] == spec and line["test_accuracy"] is not None
       ],
     }
 

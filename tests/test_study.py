@@ -15,7 +15,7 @@ import pytest
 
 from experiments import config, main, study, study_grid
 from mpqfl_jax import errors
-from mpqfl_jax.report import html, study_tables, tables
+from mpqfl_jax.report import evidence, html, study_tables, tables
 from tests import browser
 
 DEFENSES = ("none", "paper", "int4")
@@ -105,6 +105,17 @@ def pretend(values, data=None):
       )
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (place / "attacks.jsonl").write_text(text)
+  if values.task == "train":
+    tests = {2: 0.5 + 0.1 * values.seed, 3: None, 4: 0.9}
+    (place / "metrics.jsonl").write_text(
+      "".join(
+        json.dumps(
+          {"defense": values.defense[0], "round": r, "test_accuracy": accuracy}
+        )
+        + "\n"
+        for r, accuracy in tests.items()
+      )
+    )
   if values.task == "costs":
     cost = {
       "uplink_bytes": 1234,
@@ -419,6 +430,28 @@ def test_what_a_cell_in_training_would_refuse_is_refused_at_once(tmp_path):
   assert not (tmp_path / "s").exists()
 
 
+def test_curves_are_means_over_the_seeds(pretended):
+  results = study_tables.read(pretended).results
+  assert results.training[0]["accuracies"] == [[2, 0.5], [4, 0.9]]
+  assert evidence.curve(results, "mnist_sample", "paper") == [
+    (2, pytest.approx(0.55)),
+    (4, pytest.approx(0.9)),
+  ]
+  text = (pretended / "report.html").read_text()
+  assert 'id="curves"' in text and "paper 90.0%" in text
+  assert (pretended / "figures" / "accuracy_mnist_sample.png").is_file()
+
+
+def test_keys_of_encryption_are_drawn(tmp_path):
+  costs = str(config.FLAGS_DIR.parents[1] / "results/encryption/costs.json")
+  run = study.run(tiny(tmp_path / "s", study_encryption=costs), pretend)
+  text = html.write(run).read_text()
+  assert "Keys on the wire" in text
+  image = np.asarray(Image.open(run / "figures" / "encryption.png"))
+  # Lines of several schemes, each in its colour.
+  assert len(np.unique(image[..., :3].reshape(-1, 3), axis=0)) > 50
+
+
 def test_one_setting_has_no_table_of_its_own(tmp_path):
   run = study.run(tiny(tmp_path / "s"), pretend)
   assert 'id="throughout"' not in html.write(run).read_text()
@@ -459,7 +492,8 @@ def test_the_page_has_every_part_and_loads_nothing(pretended):
   for loader in ("http:", "https:", "//", "url(", "@import", "<script"):
     assert loader not in re.sub(r"/\*.*?\*/", "", bare)
   assert "default-src 'none'" in text
-  places = [bare.index(f'id="{p}"') for p in ("answer", "claims", "frontier")]
+  order = ("answer", "claims", "frontier", "images", "curves", "methods")
+  places = [bare.index(f'id="{p}"') for p in order]
   assert places == sorted(places)
   for key in "abcdefghi":
     assert f'data-claim="{key}"' in bare
@@ -467,10 +501,10 @@ def test_the_page_has_every_part_and_loads_nothing(pretended):
     assert f'data-defense="{name}"' in bare
   assert "mean training image" in bare and "no attack" in bare
   assert "protected" not in bare.lower()
-  assert text.count("<img") == 1 + 2
+  assert text.count("<img") == 1 + 2 + 1
   names = {p.name for p in (pretended / "figures").iterdir()}
   assert names == {
-    "frontier.png",
+    *("frontier.png", "accuracy_mnist_sample.png"),
     "wall_mnist_sample_blind_0.png",
     "wall_mnist_sample_adaptive_0.png",
   }

@@ -29,7 +29,8 @@ class Results(NamedTuple):
   Attributes:
     training: a line for each data set, seed and defence: `dataset, seed,
       defense, test_accuracy, uplink_bytes_per_client,
-      uplink_bytes_per_client_float32, epsilon, final_params_sha256`.
+      uplink_bytes_per_client_float32, epsilon, final_params_sha256,
+      accuracies`, the last [round, test accuracy] of every test.
     attacks: a line for each reconstructed image, as in `attacks.jsonl`, with
       the `seed` of its run and, of an update in training, its `num_clients`.
     references: data set -> guess without an attack -> its medians over the
@@ -188,6 +189,17 @@ def accuracies(results: Results, dataset: str, defense: str) -> dict[int, Line]:
     and line["defense"] == defense
     and line.get("test_accuracy") is not None
   }
+
+
+def curve(
+  results: Results, dataset: str, defense: str
+) -> list[tuple[int, float]]:
+  """(round, mean test accuracy over the seeds) of every test."""
+  found: dict[int, list[float]] = {}
+  for line in accuracies(results, dataset, defense).values():
+    for number, accuracy in line.get("accuracies", ()):
+      found.setdefault(number, []).append(accuracy)
+  return [(n, float(np.mean(found[n]))) for n in sorted(found)]
 
 
 def mean(values: Sequence[float]) -> Interval:

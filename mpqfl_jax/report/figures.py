@@ -74,8 +74,31 @@ def _accuracy(
       point = (row["round"], 100 * row["test_accuracy"])
       lines.setdefault(row["defense"], []).append(point)
   lines = {name: sorted(lines[name]) for name in known if name in lines}
-  if not lines:
-    return
+  if lines:
+    yield draw_accuracy(
+      lines,
+      known,
+      folder / "accuracy.png",
+      "Test accuracy over the rounds",
+      "All defences start from the same weights and see the same cohorts.",
+    )
+
+
+def draw_accuracy(
+  lines: dict[str, list[tuple[int, float]]],
+  known: dict[str, style.Style],
+  path: pathlib.Path,
+  title: str,
+  caption: str,
+) -> Figure:
+  """Draws accuracy over the rounds.
+
+  Args:
+    lines: defence -> (round, test accuracy in percent), by round; one or more.
+    known: how each is drawn.
+    path: of the PNG.
+    title, caption: of the figure.
+  """
   height = max(3.6, 0.24 * len(lines) + 1.2)
   fig = style.new_figure(8, height)
   last = max(points[-1][0] for points in lines.values())
@@ -153,15 +176,14 @@ def _accuracy(
     )
   # Placing the labels must not move the axis.
   ax.set_ylim(low, high)
-  path = folder / "accuracy.png"
   fig.savefig(path)
-  yield Figure(
+  return Figure(
     path,
-    "Test accuracy over the rounds",
+    title,
     "Line chart of test accuracy against communication rounds. At the end: "
     + ", ".join(f"{n} {p[-1][1]:.1f}%" for n, p in lines.items())
     + ".",
-    "All defences start from the same weights and see the same cohorts.",
+    caption,
     800,
   )
 

@@ -4,10 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 import pathlib
 from typing import Any, NamedTuple
 
-from matplotlib import ticker
 import numpy as np
 
-from mpqfl_jax.report import figures, page, records, style, tables
+from mpqfl_jax.report import (
+  figures,
+  key_growth,
+  page,
+  records,
+  style,
+  tables,
+)
 
 
 class Panel(NamedTuple):
@@ -24,11 +30,6 @@ class Panel(NamedTuple):
   heading: str
   text: Callable[[float], str]
   grows: bool
-
-
-_plain = ticker.FuncFormatter(
-  lambda v, _: f"{v:,g}" if v < 1e6 else f"{v / 1e6:,.0f} M"
-)
 
 
 def _significant(value: float) -> str:
@@ -48,7 +49,6 @@ PANELS = (
   ),
 )
 _HEADINGS = ("Defense", "Clients a round", *(p.heading for p in PANELS))
-_KEYS = "Making keys for encryption, CPU seconds"
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
@@ -134,38 +134,6 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   )
 
 
-def _draw_keys(ax, encryption: Sequence[dict[str, Any]] | None) -> None:
-  """Key generation of each scheme; what is modelled, dashed."""
-  if not encryption:
-    ax.set_axis_off()
-    return
-  style.clean(ax)
-  schemes = list(dict.fromkeys(row["scheme"] for row in encryption))
-  for scheme, look in zip(schemes, style.styles(schemes).values(), strict=True):
-    rows = [row for row in encryption if row["scheme"] == scheme]
-    for source, dashes in (("measured", "-"), ("modelled", "--")):
-      mine = [
-        (row["clients"], row["key_seconds_total"])
-        for row in rows
-        if row["source"] == source
-      ]
-      if mine:
-        ax.plot(
-          *zip(*mine, strict=True),
-          color=look.color,
-          linestyle=dashes,
-          linewidth=1.5,
-          label=scheme.replace("_", " ") if source == "measured" else None,
-        )
-  ax.set_xscale("log")
-  ax.set_yscale("log")
-  for axis in (ax.xaxis, ax.yaxis):
-    axis.set_major_formatter(_plain)
-  ax.legend(frameon=False, fontsize=8)
-  ax.set_title(_KEYS, fontsize=10, loc="left", color=style.INK)
-  ax.set_xlabel("Clients (log); dashed: modelled", fontsize=9, color=style.INK)
-
-
 def draw(
   lines: list[dict[str, Any]],
   encryption: Sequence[dict[str, Any]] | None = None,
@@ -184,7 +152,10 @@ def draw(
   fig = style.new_figure(8.6, 9.0)
   looks = style.styles(dict.fromkeys(line["defense"] for line in lines))
   places = list(fig.subplots(3, 2).flat)
-  _draw_keys(places[-1], encryption)
+  if encryption:
+    key_growth.draw_keys(places[-1], encryption)
+  else:
+    places[-1].set_axis_off()
   for ax, panel in zip(places, PANELS, strict=False):
     style.clean(ax)
     for defense, look in looks.items():
@@ -199,10 +170,10 @@ def draw(
         label=look.label,
       )
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(_plain)
+    ax.xaxis.set_major_formatter(style.plain)
     if panel.grows:
       ax.set_yscale("log")
-      ax.yaxis.set_major_formatter(_plain)
+      ax.yaxis.set_major_formatter(style.plain)
     else:
       ax.set_ylim(0, 1.15 * max(line[panel.key] for line in lines))
     ax.set_title(panel.heading, fontsize=10, loc="left", color=style.INK)

@@ -11,6 +11,7 @@ from mpqfl_jax.report import (
   figures,
   frontier,
   grid,
+  key_growth,
   page,
   records,
   study_tables,
@@ -70,7 +71,11 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
       t for t in study_tables.by_setting(study) if len(t.settings) > 1
     ],
     walls=list(_walls(study, folder)),
+    curves=list(_curves(study, folder)),
     encryption=study.results.encryption or [],
+    keys=key_growth.draw(study.results.encryption, folder)
+    if study.results.encryption
+    else None,
     regimes=sorted({a["knowledge"] for a in study.results.attacks}),
     settings=list(_settings(study)),
     thresholds={
@@ -182,6 +187,29 @@ def _settings(study: study_tables.Study) -> Iterator[tuple[str, str, str, str]]:
   for place in dict.fromkeys(tuple(a[k] for k in key) for a in attacks):
     mine = [a for a in attacks if tuple(a[k] for k in key) == place]
     yield *place, "; ".join(grid.describe(mine)[1:])
+
+
+def _curves(
+  study: study_tables.Study, folder: pathlib.Path
+) -> Iterator[figures.Figure]:
+  """Accuracy over the rounds: a figure a data set, if tested on the way."""
+  results = study.results
+  looks = style.styles(evidence.defenses(results))
+  for dataset in evidence.datasets(results):
+    lines = {
+      name: [(number, 100 * value) for number, value in points]
+      for name in looks
+      if len(points := evidence.curve(results, dataset, name)) > 1
+    }
+    if lines:
+      yield figures.draw_accuracy(
+        lines,
+        looks,
+        folder / f"accuracy_{dataset}.png",
+        dataset,
+        "Mean over the seeds. Under a seed all defences start from the same"
+        " weights and see the same cohorts.",
+      )
 
 
 def _walls(

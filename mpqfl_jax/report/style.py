@@ -18,6 +18,7 @@ from matplotlib import (
   layout_engine,
   patheffects,
   textpath,
+  ticker,
 )
 from matplotlib import figure as mpl_figure
 from matplotlib import lines as mpl_lines
@@ -31,6 +32,10 @@ MUTED = "#5c6370"
 RULE = "#d9dce1"
 ALERT = "#b3261e"
 DPI = 200
+# Numbers on an axis.
+plain = ticker.FuncFormatter(
+  lambda v, _: f"{v:,g}" if v < 1e6 else f"{v / 1e6:,.0f} M"
+)
 
 _COLORS = (
   "#1c1e21",
