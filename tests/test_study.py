@@ -397,7 +397,7 @@ def test_other_numbers_of_clients_are_attacked_beside_the_study(tmp_path):
   )
   assert rows[0].endswith("| 2.0 / 2.0 | 3.0 / 3.0 | 15.0 / 15.0 |")
   assert rows[-3].endswith("| 7.0 | 7.0 | 7.0 |")
-  assert "(and, attacked, 2, 500)" in html.write(run).read_text()
+  assert "(2, 500 attacked as well)" in html.write(run).read_text()
   claim = {c["key"]: c for c in found.summary["claims"]}["i"]
   assert "trained weights (500 clients), 1 step of 4" in claim["words"]
 

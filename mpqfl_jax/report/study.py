@@ -164,7 +164,7 @@ def _subtitle(study: study_tables.Study) -> str:
 def _beside(config: dict[str, Any]) -> str:
   """The other numbers of clients, whose training was attacked."""
   others = [f"{n:,}" for n in config.get("study_clients", ())]
-  return f" (and, attacked, {', '.join(others)})" if others else ""
+  return f" ({', '.join(others)} attacked as well)" if others else ""
 
 
 def _ablation_text(a: frontier.Ablation) -> tuple[str, str, str]:
