@@ -234,11 +234,15 @@ def _check_same(
 
 
 def _binding(name: str, value: Any) -> Any:
-  """What of a stored value has to stay: of a plan, not why it was picked."""
+  """What of a stored value has to stay.
+
+  Of a plan not why it was picked; an empty list is what an older version, which
+  did not have the flag, says nothing of.
+  """
   if name == "plan_resolved" and value is not None:
     return {k: v for k, v in value.items() if k != "reason"}
   if value == []:
-    return None  # as of an older version, which did not have the flag
+    return None
   return value
 
 

@@ -167,7 +167,7 @@ def _check(values: config.Config, cells: list[Cell]) -> None:
       trained = dataclasses.replace(
         study_grid.of_clients(here, clients),
         task="train",
-        attack_rounds=tuple(r for r in values.attack_rounds if r > 1),
+        attack_rounds=study_grid.late_rounds(values),
       )
       built = setting.build(trained, data)
       adversary.check(trained, built, train.attacked_shapes(trained, built))

@@ -62,7 +62,7 @@ def cells(values: config.Config) -> list[Cell]:
   `--attack_rounds` after the first: the weights of the first round are those
   that the attack cells take.
   """
-  late = tuple(r for r in values.attack_rounds if r > 1)
+  late = late_rounds(values)
   watched = bool(values.attack and late)
   out = []
   for dataset in values.study_datasets:
@@ -106,6 +106,11 @@ def _train(
     values, task="train", seed=seed, defense=(spec,), attack_rounds=rounds
   )
   return _place(values, cell, () if rounds else _ATTACKS)
+
+
+def late_rounds(values: config.Config) -> tuple[int, ...]:
+  """The rounds in which training is attacked."""
+  return tuple(r for r in values.attack_rounds if r > 1)
 
 
 def of_clients(values: config.Config, clients: int) -> config.Config:

@@ -30,7 +30,7 @@ class Results(NamedTuple):
     training: a line for each data set, seed and defence: `dataset, seed,
       defense, test_accuracy, uplink_bytes_per_client,
       uplink_bytes_per_client_float32, epsilon, final_params_sha256,
-      accuracies`, the last [round, test accuracy] of every test.
+      accuracies`, of which the last has [round, test accuracy] of every test.
     attacks: a line for each reconstructed image, as in `attacks.jsonl`, with
       the `seed` of its run and, of an update in training, its `num_clients`.
     references: data set -> guess without an attack -> its medians over the
