@@ -385,10 +385,10 @@ def test_gains_are_told_setting_by_setting():
           tried(mixed, 3.0),
           tried("int2", 0.0, batch_size=4),
           tried(mixed, 1.0, batch_size=4),
-          # Late updates are of all shapes, and count together.
-          tried("int2", 2.0, **late),
+          # Late updates are of all shapes and rounds, and count together.
+          tried("int2", 2.0, weights="trained", round=20),
           tried("int2", 2.0, **late, batch_size=3, seed=1),
-          tried(mixed, 1.5, **late),
+          tried(mixed, 1.5, weights="trained", round=20),
           tried(mixed, 1.5, **late, batch_size=3, seed=1),
         ],
       )
@@ -397,7 +397,7 @@ def test_gains_are_told_setting_by_setting():
   assert [g.setting for g in found] == [
     "batch of 1",
     "batch of 4",
-    "trained weights",
+    "trained weights, rounds 20 to 50",
   ]
   assert [g.gain.value for g in found] == pytest.approx([3.0, 1.0, -0.5])
   assert [g.images for g in found] == [30, 30, 60]

@@ -278,7 +278,7 @@ def gains(results: Results) -> Iterator[Gain]:
   for a in ablation(results):
     if a.uniform is None:
       continue
-    for words, keep in settings(results, a.dataset):
+    for words, keep in settings(results, a.dataset, pooled=True):
       own, other = (
         evidence.strongest(
           evidence.lines(
@@ -306,12 +306,17 @@ def gains(results: Results) -> Iterator[Gain]:
 
 
 def settings(
-  results: Results, dataset: str
+  results: Results, dataset: str, *, pooled: bool = False
 ) -> Iterator[tuple[str, Callable[[evidence.Line], bool]]]:
   """Settings in words, and which lines are of them.
 
   Clients that train hold what they hold: late updates are of all shapes, and
   told apart by round and number of clients, where there are several.
+
+  Args:
+    results: of the study.
+    dataset: whose attacks.
+    pooled: whether late rounds are one setting, where each has few images.
   """
   mine = [a for a in results.attacks if a["dataset"] == dataset]
   late = [a for a in mine if a["weights"] != "initial"]
@@ -325,17 +330,23 @@ def settings(
     words = f"batch of {batch}" + (f", {steps} steps" if steps > 1 else "")
     yield words, like(where)
 
-  def when(line: evidence.Line) -> tuple[int, int]:
-    return (line.get("num_clients", 0), line["round"])
+  def group(line: evidence.Line) -> tuple[int, int]:
+    return (line.get("num_clients", 0), 0 if pooled else line["round"])
 
   def then(moment: tuple[int, int]) -> Callable[[evidence.Line], bool]:
-    return lambda line: line["weights"] != "initial" and when(line) == moment
+    return lambda line: line["weights"] != "initial" and group(line) == moment
 
-  moments = sorted({when(a) for a in late})
-  populations, rounds = ({m[axis] for m in moments} for axis in (0, 1))
-  for clients, number in moments:
+  groups = sorted({group(a) for a in late})
+  populations = {clients for clients, _ in groups}
+  rounds = {a["round"] for a in late}
+  for clients, number in groups:
     words = "trained weights"
-    words += f", round {number}" * (len(rounds) > 1)
+    if len(rounds) > 1:
+      words += (
+        f", rounds {min(rounds)} to {max(rounds)}"
+        if pooled
+        else f", round {number}"
+      )
     words += f", {clients:,} clients" * (len(populations) > 1)
     yield words, then((clients, number))
 
