@@ -13,7 +13,9 @@ itself. A peer is run by the interpreter `<peers_dir>/<peer>/bin/python`
 (`make bench-peers`), by its own configuration of the attack; ours are the
 attack's defaults, started as `experiments.main` starts itself, on as many
 devices as there are images, at most --devices; torch gets one thread or
---devices, whichever is faster in a few steps before.
+--devices, whichever is faster in a few steps before. --gpu runs all systems on
+the machine's first GPU instead, in float32 there as well; ours searches for up
+to 32 images side by side there.
 
 `iterations` are steps that follow one gradient: of Adam, or of L-BFGS, of which
 an iteration in the peer's configuration of DLG has up to 20. --iterations gives
@@ -162,7 +164,11 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
     args.attack, model, auxiliary=np.asarray(data.x_train), **settings
   )
   found = attacks.run(
-    attack, observation, jax.random.key(args.seed), progress=False
+    attack,
+    observation,
+    jax.random.key(args.seed),
+    devices=jax.devices()[:1] if args.gpu else None,
+    progress=False,
   )
   attacks_peers.finish(
     folder,
@@ -171,6 +177,7 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
     seconds=found.seconds,
     packages=("mpqfl_jax", "jax"),
     compile_seconds=found.compile_seconds,
+    device=jax.devices()[0].device_kind if args.gpu else None,
     commit=folder_lib.environment()["commit"],
   )
 
@@ -271,6 +278,8 @@ def _worker(args: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", min(args.devices, args.images))
   from mpqfl_jax import exact
 
+  if args.gpu and jax.default_backend() == "cpu":
+    sys.exit("--gpu: JAX has no GPU here; expected one, and its plugin for it")
   work = {"prepare": _prepare, "ours": _ours}[args.worker]
   with exact.products():
     work(args, pathlib.Path(args.folder))
@@ -312,6 +321,7 @@ def _command(
     }
     switches = ["--labels_known"] if comparison.labels_known else []
     env |= host.variables()
+  switches += ["--gpu"] * args.gpu
   words = [f"--{name}={value}" for name, value in flags.items()]
   return [*start, *words, *switches], env
 
@@ -461,7 +471,9 @@ def markdown(rows: list[Row]) -> str:
     f"Test images of `{r['dataset']}` from number {r['first']} on"
     for r, _ in pairs
   )
-  hosts = dict.fromkeys(f"{r['cpu']}, {r['cores']} cores" for r, _ in pairs)
+  hosts = dict.fromkeys(
+    r.get("device") or f"{r['cpu']}, {r['cores']} cores" for r, _ in pairs
+  )
   lines += ["", f"{'; '.join((*data, *hosts, *versions))}."]
   return "\n".join(lines)
 
@@ -533,6 +545,7 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_argument("--seed", type=int, default=0)
   flags.add_argument("--devices", type=int, default=2, help="CPU devices.")
+  flags.add_argument("--gpu", action="store_true", help="On the first GPU.")
   flags.add_argument("--repeats", type=int, default=1)
   flags.add_argument(
     "--peers",
@@ -577,7 +590,8 @@ def _main(args: argparse.Namespace) -> None:
     _print_rows(rows)
     _write(args.json, rows)
   if args.page:
-    page.put(pathlib.Path(args.page), "beside", markdown(_read(args.json)))
+    block = "beside on a GPU" if args.gpu else "beside"
+    page.put(pathlib.Path(args.page), block, markdown(_read(args.json)))
 
 
 def main() -> None:

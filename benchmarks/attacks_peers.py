@@ -264,6 +264,10 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import torch
 
   torch.set_num_threads(args.threads)
+  device = torch.device("cuda" if args.gpu else "cpu")
+  # As ours: convolutions on a GPU are in TF32 otherwise.
+  torch.backends.cudnn.allow_tf32 = False
+  torch.backends.cudnn.benchmark = True  # as breaching's own scripts
 
   class Counted(torch.nn.CrossEntropyLoss):
     calls = 0  # of the class, for attackers compute with a copy
@@ -275,10 +279,11 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
   task = np.load(folder / "task.npz")
   height, width, channels = task["x"].shape[1:]
   net, leaves = torch_model(args.model, task)
+  net.to(device)
   cfg = breaching.get_attack_config(BREACHING[args.attack][0])
   if cfg.get("regularization") and channels != 3:
     raise SystemExit(f"breaching's {args.attack} is for images of 3 channels")
-  setup = {"device": torch.device("cpu"), "dtype": torch.float}
+  setup = {"device": device, "dtype": torch.float}
   torch.manual_seed(args.seed)
   loss_fn = Counted()
 
@@ -305,12 +310,13 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     begin = time.perf_counter()
     attacker = breaching.attacks.prepare_attack(net, loss_fn, settings, setup)
     answer, _ = attacker.reconstruct([payload], [shared], {}, dryrun=False)
-    return answer["data"].detach(), time.perf_counter() - begin
+    found = answer["data"].detach().cpu()  # waits for the GPU
+    return found, time.perf_counter() - begin
 
   found, seconds, warming, steps = [], 0.0, 0.0, 0
   for i, (image, label) in enumerate(zip(task["x"], task["y"], strict=True)):
     x = (torch.tensor(image.transpose(2, 0, 1))[None] - mean) / std
-    y = torch.tensor([int(label)])
+    x, y = x.to(device), torch.tensor([int(label)], device=device)
     parameters = list(net.parameters())
     logits = net(x)
     gradients = torch.autograd.grad(loss_fn(logits, y), parameters)
@@ -320,7 +326,7 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     check(
       i,
       task,
-      logits[0].detach().numpy(),
+      logits[0].detach().cpu().numpy(),
       {name: norm[id(p)] for name, p in leaves.items()},
     )
     payload = {
@@ -343,10 +349,11 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
       _, warming = attack(payload, shared, _WARM_UP)
       # Small layers are slower where threads have to wait for each other.
       trials = {}
-      for threads in dict.fromkeys((1, args.threads)):
+      for threads in () if args.gpu else dict.fromkeys((1, args.threads)):
         torch.set_num_threads(threads)
         _, trials[threads] = attack(payload, shared, _WARM_UP)
-      torch.set_num_threads(min(trials, key=lambda n: trials[n]))
+      if trials:
+        torch.set_num_threads(min(trials, key=lambda n: trials[n]))
     Counted.calls = 0
     z, taken = attack(payload, shared, args.iterations)
     seconds += taken
@@ -362,6 +369,7 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     compile_seconds=warming,
     packages=("breaching", "torch"),
     threads=torch.get_num_threads(),
+    device=torch.cuda.get_device_name() if args.gpu else None,
   )
 
 
@@ -416,6 +424,7 @@ def main() -> None:
   parser.add_argument("--labels_known", type=int)
   parser.add_argument("--seed", type=int)
   parser.add_argument("--threads", type=int)
+  parser.add_argument("--gpu", action="store_true")
   args = parser.parse_args()
   PEERS[args.peer](args, args.folder)
 

@@ -26,6 +26,9 @@ _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], np.float32)
 # Deviation of a colour difference relative to that of brightness, roughly that
 # of photographs.
 _COLOUR = 0.35
+# Deviation of where a search starts, in those of images: noise as strong as an
+# image's own takes a search many steps to be rid of.
+NEAR_MEAN = 0.1
 
 
 class Coordinates(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpqfl_jax.attacks import core, focus
+from mpqfl_jax.attacks import coordinates, core, focus
 from mpqfl_jax.attacks import labels as labels_lib
 from mpqfl_jax.types import Array, Key, Model, Observation, PyTree
 
@@ -58,6 +58,21 @@ def pixels(model: Model, work: core.Work) -> Variables:
 
   return Variables(
     lambda key: project(jax.random.normal(key, shape)), lambda z: z, project
+  )
+
+
+def natural(model: Model, work: core.Work) -> Variables:
+  """Coordinates of natural images, from near their mean, kept in [0, 1]."""
+  search = coordinates.natural(model)
+  shape = (work.images, *search.shape)
+
+  def project(v: Array) -> Array:
+    return search.from_images(jnp.clip(search.to_images(v), 0.0, 1.0))
+
+  return Variables(
+    lambda key: coordinates.NEAR_MEAN * jax.random.normal(key, shape),
+    lambda v: (search.to_images(v) - model.mean) / model.std,
+    project,
   )
 
 

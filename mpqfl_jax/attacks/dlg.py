@@ -144,7 +144,7 @@ def dlg(
   history: int = 100,
   tolerance: float = 1e-8,
   exponent: float = 1.0,
-  spread: float = 0.1,
+  spread: float = coordinates.NEAR_MEAN,
   layers: str = focus.ALL,
 ) -> core.Attack:
   """Deep Leakage from Gradients: squared distance, soft labels searched too.
@@ -190,7 +190,7 @@ def idlg(
   history: int = 100,
   tolerance: float = 1e-8,
   exponent: float = 1.0,
-  spread: float = 0.1,
+  spread: float = coordinates.NEAR_MEAN,
   layers: str = focus.ALL,
 ) -> core.Attack:
   """Improved DLG: the label is read off the last layer first.
