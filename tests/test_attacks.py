@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from mpqfl_jax import attacks, errors, local, models, types
+from mpqfl_jax.attacks import core, descent
 
 MEAN, STD = np.array([0.3], np.float32), np.array([0.4], np.float32)
 
@@ -257,6 +258,41 @@ def test_map_beats_dlg_on_a_coarse_update_of_structured_images():
   assert np.all(found["map"] > 20)
 
 
+@pytest.mark.parametrize("variables", [descent.pixels, descent.natural])
+def test_what_is_searched_over_stands_for_images(variables):
+  model = small_model()
+  found = variables(model, core.Work(1, 2, 1))
+
+  def images(v):
+    return np.asarray(found.to_images(v)) * STD + MEAN
+
+  start = found.init(jax.random.key(0))
+  assert images(start).shape == (2, 6, 6, 1)
+  far = jax.tree.map(lambda a: 30 * a, start)
+  near = found.project(far)
+  # The nearest image: what lies in [0, 1] stays, the rest is cut off.
+  want = np.clip(images(far), 0, 1)
+  assert np.any(want == 1) and np.any(want == 0)
+  np.testing.assert_allclose(images(near), want, atol=2e-5)
+  np.testing.assert_allclose(found.project(near), near, atol=2e-5)
+
+
+def test_in_pixels_a_step_is_the_papers():
+  model = small_model()
+  observation, _, _ = observe(model, n=1, labels=True)
+  one = jax.tree.map(lambda a: a[0], observation)
+  attack = attacks.make(
+    "inverting_gradients", model, search="pixels", learning_rate=0.03
+  )
+  state = attack.init(jax.random.key(0), one)
+  moved = attack.step(state, one)[0].v
+  low, high = (0 - MEAN) / STD, (1 - MEAN) / STD
+  # Adam's first step along a sign is the rate, whichever the gradient's length.
+  ways = [np.clip(state.v + way, low, high) for way in (-0.03, 0.03)]
+  error = np.min([np.abs(moved - way) for way in ways], axis=0)
+  assert np.max(error) < 1e-6 and np.any(moved != state.v)
+
+
 def test_inverting_gradients_takes_back_a_multi_step_batch():
   model = small_model()
   observation, x, y = observe(model, n=1, steps=2, batch=2, labels=True)
@@ -382,6 +418,8 @@ def test_mistakes_are_named():
     attacks.run(attacks.make("analytic", lenet), observation, jax.random.key(0))
   with pytest.raises(errors.UserError, match="objective"):
     attacks.make("inverting_gradients", model, objective="cos")
+  with pytest.raises(errors.UserError, match="search"):
+    attacks.make("inverting_gradients", model, search="pixel")
   observation, _, _ = observe(model, n=1, batch=2)
   idlg = attacks.make("idlg", model, batch=2)
   with pytest.raises(errors.UserError, match="one image"):

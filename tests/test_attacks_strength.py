@@ -97,6 +97,25 @@ def test_map_reads_quantised_updates(cifar, codec, options, expected_db):
 
 
 @pytest.mark.slow
+def test_four_bits_do_not_stop_a_blind_search_that_knows_photographs(cifar):
+  model, params = lenet(cifar)
+  x, _, observation = observe(model, params, cifar, np.arange(110, 114), "int4")
+  quality = {}
+  for search in ("natural", "pixels"):
+    found = attack(
+      "inverting_gradients",
+      model,
+      cifar,
+      observation,
+      search=search,
+      iterations=400,
+    )
+    quality[search] = metrics.psnr_db(x, found.x[:, 0])
+  assert np.median(quality["natural"]) >= 19
+  assert np.median(quality["natural"] - quality["pixels"]) >= 6
+
+
+@pytest.mark.slow
 def test_a_learned_prior_knows_digits_better_than_a_gaussian():
   mnist = datasets.load("mnist_sample")
   model, params = lenet(mnist)
