@@ -10,7 +10,7 @@ import numpy as np
 from experiments import adversary, config, folder, summary
 from experiments.study_grid import Cell
 from mpqfl_jax import metrics
-from mpqfl_jax.report import claims, evidence, frontier
+from mpqfl_jax.report import ablation, claims, evidence, frontier
 
 
 def collect(
@@ -125,7 +125,7 @@ def write(
   points = [_point(p, results) for p in frontier.points(results)]
   text = "".join(json.dumps(line) + "\n" for line in points)
   folder.write_atomically(run_dir / "study.jsonl", text.encode())
-  judged = claims.judge(results, [frontier.mixing_helps])
+  judged = claims.judge(results, [ablation.mixing_helps])
   by_set = {
     name: _defenses(results, values, [name]) for name in values.study_datasets
   }
@@ -151,7 +151,7 @@ def write(
       for name in by_set
     },
     "claims": [c._asdict() | {"words": c.words} for c in judged],
-    "ablation": [_plain(a._asdict()) for a in frontier.ablation(results)],
+    "ablation": [_plain(a._asdict()) for a in ablation.compare(results)],
     "frontier": points,
   }
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mpqfl_jax.report import claims, evidence, frontier
+from mpqfl_jax.report import ablation, claims, evidence, frontier
 
 SET = "mnist_sample"
 GUESS = {"mean_image": {"psnr_db_median": 12.0, "ssim_median": 0.1}}
@@ -277,7 +277,7 @@ def test_settings_in_words():
   ]
 
   def words(*groups):
-    return [w for w, _ in frontier.settings(results(attacks=groups), SET)]
+    return [w for w, _ in evidence.settings(results(attacks=groups), SET)]
 
   base = attacked("none", GOOD)
   assert words(base, late[0]) == ["batch of 1", "trained weights"]
@@ -293,7 +293,7 @@ def test_settings_in_words():
   found = results(attacks=[base, *late])
   kept = [
     evidence.lines(found, SET, "none", where=keep)
-    for _, keep in frontier.settings(found, SET)
+    for _, keep in evidence.settings(found, SET)
   ]
   assert [len(lines) for lines in kept] == [30] * 4
 
@@ -330,7 +330,7 @@ def test_mixing_against_the_best_uniform_code(
   shift, size, accuracy, knowledge, verdict
 ):
   mixed = "experiments/policies/mixed_both.toml"
-  claim = frontier.mixing_helps(
+  claim = ablation.mixing_helps(
     results(
       [trained("int4", [0.9]), trained(mixed, [accuracy], size)],
       [
@@ -356,7 +356,7 @@ def test_what_mixing_hides_for_accuracy_does_not_count(lost, verdict):
   mixed = "experiments/policies/noisy_front.toml"
   before = [0.9, 0.91, 0.92]
   after = [b - points / 100 for b, points in zip(before, lost, strict=True)]
-  (row,) = frontier.ablation(
+  (row,) = ablation.compare(
     results(
       [trained("int2", before), trained(mixed, after)],
       [
@@ -377,7 +377,7 @@ def test_gains_are_told_setting_by_setting():
 
   late = {"weights": "trained", "round": 50}
   found = list(
-    frontier.gains(
+    ablation.gains(
       results(
         [trained("int2", [0.9]), trained(mixed, [0.9])],
         [
@@ -406,7 +406,7 @@ def test_gains_are_told_setting_by_setting():
 
 
 def test_the_best_uniform_code_is_the_one_that_hides_most():
-  rows = frontier.ablation(
+  rows = ablation.compare(
     results(
       [trained(n, [0.9]) for n in ("int4", "ternary", "paper")],
       [
@@ -462,7 +462,7 @@ def test_the_pareto_set():
 
 
 def test_judging_gives_all_nine_in_order():
-  judged = claims.judge(results(), [frontier.mixing_helps])
+  judged = claims.judge(results(), [ablation.mixing_helps])
   assert "".join(c.key for c in judged) == "abcdefghi"
   assert {c.verdict for c in judged} == {"open"}
   assert all(c.words for c in judged)

@@ -1,6 +1,6 @@
 """What a study measured, as tables, and the intervals that claims rest on."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +117,52 @@ def setting(line: Line) -> tuple:
   )
 
 
+def settings(
+  results: Results, dataset: str, *, pooled: bool = False
+) -> Iterator[tuple[str, Callable[[Line], bool]]]:
+  """Settings in words, and which lines are of them.
+
+  Clients that train hold what they hold: late updates are of all shapes, and
+  told apart by round and number of clients, where there are several.
+
+  Args:
+    results: of the study.
+    dataset: whose attacks.
+    pooled: whether late rounds are one setting, where each has few images.
+  """
+  mine = [a for a in results.attacks if a["dataset"] == dataset]
+  late = [a for a in mine if a["weights"] != "initial"]
+  initial = {setting(a) for a in mine if a["weights"] == "initial"}
+
+  def like(where: tuple) -> Callable[[Line], bool]:
+    return lambda line: setting(line) == where
+
+  for where in sorted(initial):
+    _, steps, batch, _ = where
+    words = f"batch of {batch}" + (f", {steps} steps" if steps > 1 else "")
+    yield words, like(where)
+
+  def group(line: Line) -> tuple[int, int]:
+    return (line.get("num_clients", 0), 0 if pooled else line["round"])
+
+  def then(moment: tuple[int, int]) -> Callable[[Line], bool]:
+    return lambda line: line["weights"] != "initial" and group(line) == moment
+
+  groups = sorted({group(a) for a in late})
+  populations = {clients for clients, _ in groups}
+  rounds = {a["round"] for a in late}
+  for clients, number in groups:
+    words = "trained weights"
+    if len(rounds) > 1:
+      words += (
+        f", rounds {min(rounds)} to {max(rounds)}"
+        if pooled
+        else f", round {number}"
+      )
+    words += f", {clients:,} clients" * (len(populations) > 1)
+    yield words, then((clients, number))
+
+
 def base_setting(results: Results, dataset: str) -> tuple | None:
   """The setting that suits an attacker best: initial weights, fewest images."""
   found = {setting(a) for a in results.attacks if a["dataset"] == dataset}
@@ -189,6 +235,13 @@ def accuracies(results: Results, dataset: str, defense: str) -> dict[int, Line]:
     and line["defense"] == defense
     and line.get("test_accuracy") is not None
   }
+
+
+def uplink_bytes(results: Results, dataset: str, defense: str) -> float | None:
+  """Of a client and round, mean over the seeds; None where none trained."""
+  runs = accuracies(results, dataset, defense).values()
+  found = [line["uplink_bytes_per_client"] for line in runs]
+  return float(np.mean(found)) if found else None
 
 
 def curve(

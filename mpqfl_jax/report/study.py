@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from mpqfl_jax.report import (
+  ablation,
   claims,
   costs,
   evidence,
@@ -43,7 +44,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
   study = study_tables.read(run_dir)
   folder = study.folder / "figures"
   folder.mkdir(exist_ok=True)
-  judged = claims.judge(study.results, [frontier.mixing_helps])
+  judged = claims.judge(study.results, [ablation.mixing_helps])
   headline, *more = _answer(study, judged)
   rows = list(study_tables.by_dataset(study))
   return page.write(
@@ -61,11 +62,9 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
     cost_headings=costs.HEADINGS,
     gains=[
       (g, f"{g.own:.1f}", f"{g.other:.1f}", study_tables.interval(g.gain, "dB"))
-      for g in frontier.gains(study.results)
+      for g in ablation.gains(study.results)
     ],
-    ablation=[
-      (a, *_ablation_text(a)) for a in frontier.ablation(study.results)
-    ],
+    ablation=[(a, *_ablation_text(a)) for a in ablation.compare(study.results)],
     # With one setting alone it would repeat the tables of the defences.
     by_setting=[
       t for t in study_tables.by_setting(study) if len(t.settings) > 1
@@ -84,7 +83,7 @@ def write(run_dir: str | pathlib.Path) -> pathlib.Path:
       "shows": f"{claims.SHOWS_DB:g} dB",
       "points": f"{claims.MINIMAL_POINTS:g}",
       "seeds": claims.MIN_SEEDS,
-      "margin": f"{frontier.MARGIN_DB:g} dB",
+      "margin": f"{ablation.MARGIN_DB:g} dB",
     },
     commits=study.summary.get("commits", []),
     config=list(tables.flat(study.config)),
@@ -167,7 +166,7 @@ def _beside(config: dict[str, Any]) -> str:
   return f" ({', '.join(others)} attacked as well)" if others else ""
 
 
-def _ablation_text(a: frontier.Ablation) -> tuple[str, str, str]:
+def _ablation_text(a: ablation.Ablation) -> tuple[str, str, str]:
   gap = (
     tables.MISSING
     if a.accuracy_gap is None

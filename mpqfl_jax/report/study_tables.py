@@ -9,6 +9,7 @@ import numpy as np
 
 from mpqfl_jax import errors
 from mpqfl_jax.report import (
+  ablation,
   claims,
   costs,
   evidence,
@@ -159,7 +160,7 @@ def gains_markdown(study: Study) -> str:
   lines += [
     f"| {g.dataset} | {g.defense} | {g.uniform} | {g.setting} |"
     f" {g.own:.1f} | {g.other:.1f} | {interval(g.gain, '')} | {g.images} |"
-    for g in frontier.gains(study.results)
+    for g in ablation.gains(study.results)
   ]
   return "\n".join(lines) + "\n"
 
@@ -185,7 +186,7 @@ def by_setting(study: Study) -> Iterator[BySetting]:
   """A table a data set: the strongest attacks, setting by setting."""
   results = study.results
   for dataset in evidence.datasets(results):
-    where = list(frontier.settings(results, dataset))
+    where = list(evidence.settings(results, dataset))
     if not where:
       continue
     rows = []
@@ -262,7 +263,7 @@ def costs_markdown(study: Study) -> str:
 
 def claims_markdown(study: Study) -> str:
   """The verdicts alone."""
-  judged = claims.judge(study.results, [frontier.mixing_helps])
+  judged = claims.judge(study.results, [ablation.mixing_helps])
   lines = ["| Claim | Verdict | Figure |", "| :-- | :-- | --: |"]
   lines += [
     f"| ({c.key}) {c.statement} | {c.verdict} | {figure(c)} |" for c in judged
