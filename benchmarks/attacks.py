@@ -22,8 +22,9 @@ an iteration in the peer's configuration of DLG has up to 20. --iterations gives
 all systems as many; 0 leaves each its own default.
 
 --suite runs several comparisons, each written to --json as soon as it is done,
-in the place of an older one of that attack and model; --page puts the table of
-the file's rows between the marks of a page, without --suite from what is there.
+in the place of an older one of that attack, model and search; --page puts the
+table of the file's rows between the marks of a page, without --suite from what
+is there.
 """
 
 import argparse
@@ -65,6 +66,7 @@ class Comparison(NamedTuple):
     images: how many test images, each alone in an update.
     iterations: steps of every system, 0 for each system's default.
     labels_known: whether the systems are given the true labels.
+    search: of our attack, where it has several; empty for its default.
   """
 
   attack: str
@@ -72,6 +74,7 @@ class Comparison(NamedTuple):
   images: int
   iterations: int = 0
   labels_known: bool = False
+  search: str = ""
 
 
 def suite(text: str, images: int) -> list[Comparison]:
@@ -105,8 +108,15 @@ def suite(text: str, images: int) -> list[Comparison]:
   return found
 
 
-def check(comparison: Comparison, peers: Iterable[str]) -> None:
+def check(
+  comparison: Comparison, peers: Iterable[str], gpu: bool = False
+) -> None:
   """Refuses what a system cannot run, before anything is run.
+
+  Args:
+    comparison: what is to be run.
+    peers: beside which systems.
+    gpu: whether on a GPU.
 
   Raises:
     UserError: unknown names, or a comparison that is not fair or not there.
@@ -123,6 +133,13 @@ def check(comparison: Comparison, peers: Iterable[str]) -> None:
       f"{attack} with images={comparison.images} and"
       f" iterations={comparison.iterations}: expected at least 1 image, and 0"
       " iterations for each system's default or more."
+    )
+  if attack == "rgap" and gpu:
+    raise errors.UserError("--gpu: rgap solves on the host; expected a search.")
+  if comparison.search and attack != "inverting_gradients":
+    raise errors.UserError(
+      f"{attack} with search={comparison.search}: expected it of"
+      " inverting_gradients alone."
     )
   if attack == "rgap" and comparison.iterations:
     raise errors.UserError(
@@ -159,7 +176,11 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   observation = observed(
     model, params, truth["x"], truth["y"], args.labels_known
   )
-  settings = {"iterations": args.iterations} if args.iterations else {}
+  settings: dict[str, Any] = {}
+  if args.iterations:
+    settings["iterations"] = args.iterations
+  if args.search:
+    settings["search"] = args.search
   attack = attacks.make(
     args.attack, model, auxiliary=np.asarray(data.x_train), **settings
   )
@@ -318,6 +339,7 @@ def _command(
       "images": comparison.images,
       "first": args.first,
       "devices": args.devices,
+      "search": comparison.search,
     }
     switches = ["--labels_known"] if comparison.labels_known else []
     env |= host.variables()
@@ -367,6 +389,7 @@ def row(
     "images": len(truth),
     "batch_size": 1,
     "labels_known": comparison.labels_known,
+    "search": comparison.search,
     "seed": args.seed,
     "iterations": iterations,
     "ms_per_iteration_per_image": 1e3 * each / iterations,
@@ -375,7 +398,7 @@ def row(
     "psnr_db_min": float(psnr.min()),
     "success_rate": metrics.success_rate(psnr).rate,
     "repeats": args.repeats,
-    "devices": args.devices,
+    "devices": 1 if args.gpu else args.devices,
     "cpu": host.processor(),
     "cores": os.cpu_count(),
     **answer,
@@ -400,8 +423,8 @@ def compare(
   return list(best.values())
 
 
-def _key(row: Row) -> tuple[str, str]:
-  return row["attack"], row["model"]
+def _key(row: Row) -> tuple[str, str, str]:
+  return row["attack"], row["model"], row["search"]
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
@@ -452,8 +475,9 @@ def markdown(rows: list[Row]) -> str:
     if max(ours["iterations"], peer["iterations"]) > 1:
       steps = both(ours, peer, lambda r: f"{r['iterations']:.0f}")
       each = both(ours, peer, lambda r: figure(r["ms_per_iteration_per_image"]))
+    search = f"(search={ours['search']})" if ours["search"] else ""
     cells = (
-      f"`{ours['attack']}`",
+      f"`{ours['attack']}{search}`",
       f"`{ours['model']}`",
       str(ours["images"]),
       "known" if ours["labels_known"] else "found",
@@ -543,6 +567,7 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument(
     "--labels_known", action="store_true", help="Systems get the labels."
   )
+  flags.add_argument("--search", default="", help="Of inverting_gradients.")
   flags.add_argument("--seed", type=int, default=0)
   flags.add_argument("--devices", type=int, default=2, help="CPU devices.")
   flags.add_argument("--gpu", action="store_true", help="On the first GPU.")
@@ -556,7 +581,7 @@ def parser() -> argparse.ArgumentParser:
     "--suite",
     nargs="?",
     const=SUITE,
-    metavar="ATTACK(model=NAME,images=N,iterations=N),...",
+    metavar="ATTACK(model=NAME,images=N,iterations=N,search=NAME),...",
     help=f"Several comparisons. Without a value: {SUITE}",
   )
   flags.add_argument("--json", help="Also write the rows to this file.")
@@ -575,7 +600,7 @@ def _main(args: argparse.Namespace) -> None:
   if args.suite:
     comparisons = suite(args.suite, args.images)
     for comparison in comparisons:
-      check(comparison, peers)
+      check(comparison, peers, args.gpu)
     for i, comparison in enumerate(comparisons):
       began = time.perf_counter()
       rows = compare(args, comparison, peers)
@@ -583,9 +608,14 @@ def _main(args: argparse.Namespace) -> None:
       print(_progress(i + 1, len(comparisons), rows, began), flush=True)
   elif not args.page:
     comparison = Comparison(
-      args.attack, args.model, args.images, args.iterations, args.labels_known
+      args.attack,
+      args.model,
+      args.images,
+      args.iterations,
+      args.labels_known,
+      args.search,
     )
-    check(comparison, peers)
+    check(comparison, peers, args.gpu)
     rows = compare(args, comparison, peers)
     _print_rows(rows)
     _write(args.json, rows)

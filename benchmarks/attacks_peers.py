@@ -264,6 +264,8 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
   import torch
 
   torch.set_num_threads(args.threads)
+  if args.gpu and not torch.cuda.is_available():
+    raise SystemExit("--gpu: torch sees no GPU here")
   device = torch.device("cuda" if args.gpu else "cpu")
   # As ours: convolutions on a GPU are in TF32 otherwise.
   torch.backends.cudnn.allow_tf32 = False
@@ -368,7 +370,7 @@ def run_breaching(args: argparse.Namespace, folder: pathlib.Path) -> None:
     seconds=seconds,
     compile_seconds=warming,
     packages=("breaching", "torch"),
-    threads=torch.get_num_threads(),
+    threads=None if args.gpu else torch.get_num_threads(),
     device=torch.cuda.get_device_name() if args.gpu else None,
   )
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -34,10 +35,14 @@ def test_the_suite_is_of_what_every_peer_can_run():
 
 
 def test_sizes_of_a_suite_are_set_by_its_flag():
-  text = "dlg(model=lenet_zhu), rgap(model=cnn6,images=1,labels_known=true)"
+  text = (
+    "dlg(model=lenet_zhu), rgap(model=cnn6,images=1,labels_known=true),"
+    "inverting_gradients(model=convnet,search=pixels)"
+  )
   assert attacks.suite(text, 5) == [
-    ("dlg", "lenet_zhu", 5, 0, False),
-    ("rgap", "cnn6", 1, 0, True),
+    ("dlg", "lenet_zhu", 5, 0, False, ""),
+    ("rgap", "cnn6", 1, 0, True, ""),
+    ("inverting_gradients", "convnet", 5, 0, True, "pixels"),
   ]
 
 
@@ -66,6 +71,7 @@ def test_a_mistake_in_the_suite_is_named(text, words):
     (("dlg", "lenet_zhu", 1, 0, True), "--labels_known: breaching's dlg"),
     (("dlg", "lenet_zhu", 0), "images=0 .* at least 1"),
     (("dlg", "lenet_zhu", 1, -1), "iterations=-1"),
+    (("dlg", "lenet_zhu", 1, 0, False, "pixels"), "dlg with search=pixels"),
   ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
@@ -73,6 +79,39 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
 ):
   with pytest.raises(errors.UserError, match=words):
     attacks.check(attacks.Comparison(*comparison), ["breaching"])
+
+
+def test_on_a_gpu_only_searches_are_compared():
+  searched = attacks.Comparison("dlg", "lenet_zhu", 1)
+  attacks.check(searched, ["breaching"], gpu=True)
+  with pytest.raises(errors.UserError, match="rgap solves on the host"):
+    attacks.check(attacks.Comparison("rgap", "cnn6", 1), [], gpu=True)
+
+
+def test_all_systems_are_sent_to_the_gpu(tmp_path):
+  python = tmp_path / "breaching" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.touch()
+  comparison = attacks.Comparison(
+    "inverting_gradients", "lenet_zhu", 1, search="pixels"
+  )
+  for words in ([], ["--gpu"]):
+    args = flags(f"--peers_dir={tmp_path}", *words)
+    for system in ("prepare", "ours", "breaching"):
+      command, _ = attacks._command(args, comparison, system, tmp_path)
+      assert ("--gpu" in command) == bool(words)
+      assert ("--search=pixels" in command) == (system != "breaching")
+
+
+def test_without_a_gpu_none_is_pretended():
+  done = subprocess.run(
+    [sys.executable, "-m", "benchmarks.attacks", "--gpu", "--images=1"],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode and "JAX has no GPU here" in done.stderr
 
 
 def test_without_a_peer_all_our_attacks_and_models_may_be_timed():
@@ -151,6 +190,7 @@ def make_row(system, attack="dlg", model="lenet_zhu", seconds=2.0, **more):
     "first": 0,
     "images": 8,
     "labels_known": False,
+    "search": "",
     "iterations": 100.0,
     "ms_per_iteration_per_image": 10 * seconds,
     "seconds_per_image": seconds,
@@ -185,6 +225,20 @@ def test_the_table_puts_a_peer_beside_us():
     assert words in lines[-1]
   with pytest.raises(errors.UserError, match="no row of a peer"):
     attacks.markdown(rows[4:])
+
+
+def test_the_table_names_the_device_and_the_search():
+  rows = [
+    make_row(system, "inverting_gradients", search="pixels", device="A GPU")
+    for system in ("ours", "breaching")
+  ]
+  lines = attacks.markdown(rows).splitlines()
+  assert lines[2].startswith("| `inverting_gradients(search=pixels)` |")
+  assert "; A GPU; " in lines[-1] and "cores" not in lines[-1]
+  # Another search is another comparison.
+  assert (
+    len(attacks.merge(rows, [make_row("ours", "inverting_gradients")])) == 3
+  )
 
 
 def test_a_comparison_that_is_run_anew_replaces_its_rows_alone():

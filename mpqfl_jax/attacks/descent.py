@@ -23,7 +23,7 @@ class Variables(NamedTuple):
   Attributes:
     init: key -> pytree of arrays.
     to_images: pytree -> [images, height, width, channels], standardised.
-    project: pytree -> the nearest one that stands for images in [0, 1].
+    project: pytree -> one whose images are the nearest in [0, 1].
   """
 
   init: Callable[[Key], PyTree]

@@ -10,6 +10,10 @@ from mpqfl_jax import errors
 from mpqfl_jax.attacks import core, descent, focus, objectives
 from mpqfl_jax.types import Array, Model
 
+# Added to a distance before its logarithm is taken. In float32 one minus a
+# cosine is off by 1e-7 either way, which must not decide between two images.
+_FLOOR = 1e-6
+
 
 class Search(NamedTuple):
   """How Inverting Gradients looks for its minimum.
@@ -19,12 +23,14 @@ class Search(NamedTuple):
     rate: (first rate, steps) -> learning rate of each step.
     signed: whether Adam sees the gradient's sign only.
     scale: a rising function of the distance, which is what is descended.
+    total_variation: default weight of the prior beside it.
   """
 
   variables: Callable[[Model, core.Work], descent.Variables]
   rate: Callable[[float, int], optax.Schedule]
   signed: bool
   scale: Callable[[Array], Array]
+  total_variation: float
 
 
 def _in_three_cuts(rate: float, iterations: int) -> optax.Schedule:
@@ -33,15 +39,14 @@ def _in_three_cuts(rate: float, iterations: int) -> optax.Schedule:
 
 
 def _logarithm(distance: Array) -> Array:
-  # A cosine near one is off by float32's rounding, below one as well.
-  return jnp.log(jnp.maximum(distance, 0.0) + 1e-7)
+  return jnp.log(jnp.maximum(distance, 0.0) + _FLOOR)
 
 
 SEARCHES = {
   "natural": Search(
-    descent.natural, optax.cosine_decay_schedule, False, _logarithm
+    descent.natural, optax.cosine_decay_schedule, False, _logarithm, 0.1
   ),
-  "pixels": Search(descent.pixels, _in_three_cuts, True, lambda d: d),
+  "pixels": Search(descent.pixels, _in_three_cuts, True, lambda d: d, 0.01),
 }
 
 
@@ -52,7 +57,7 @@ def inverting_gradients(
   iterations: int = 4800,
   restarts: int = 1,
   search: str = "natural",
-  total_variation: float = 1e-2,
+  total_variation: float | None = None,
   learning_rate: float = 0.1,
   objective: str = "cosine",
   layers: str = focus.ALL,
@@ -62,10 +67,11 @@ def inverting_gradients(
   Geiping et al. 2020, section 5. `search=pixels` is theirs: Adam on the sign of
   the gradient, the rate cut to a tenth after 3/8, 5/8 and 7/8 of 4,800 steps,
   every iterate projected onto images in [0, 1]. `search=natural` has the same
-  distance and is stronger in as many steps: coordinates of natural images, in
-  which Adam's equal steps suit all frequencies; the distance's logarithm, whose
-  slope does not vanish as the search comes near; a rate that falls by a cosine.
-  Labels are inferred where they are not given.
+  distance, prior and box, and comes further in as many steps (docs/attacks.md
+  says where it was measured): coordinates of natural images, in which Adam's
+  equal steps suit all frequencies; the distance's logarithm, whose slope does
+  not vanish as the search comes near; a rate that falls by a cosine. Labels are
+  inferred where they are not given.
 
   Args:
     model: the classifier that was attacked.
@@ -73,18 +79,25 @@ def inverting_gradients(
     iterations: Adam steps.
     restarts: random starts, of which the one with the lowest objective counts.
     search: one of `SEARCHES`.
-    total_variation: weight of the image's total variation, beside the distance
-      or its logarithm.
+    total_variation: weight of the image's total variation beside the distance,
+      by default 0.01, or beside its logarithm, by default 0.1.
     learning_rate: Adam's first rate, in standard deviations of a channel or of
       a coordinate.
     objective: one of `objectives.OBJECTIVES`.
     layers: whose part of the update is compared (`focus.focused`).
 
   Raises:
-    UserError: no such search or objective.
+    UserError: no such search or objective, or less than one step.
   """
   distance = core.choose("objective", objective, objectives.OBJECTIVES)
   how = core.choose("search", search, SEARCHES)
+  if iterations < 1:
+    raise errors.UserError(
+      f"attack 'inverting_gradients': iterations={iterations}, expected at"
+      " least 1."
+    )
+  if total_variation is None:
+    total_variation = how.total_variation
   return descent.attack(
     "inverting_gradients",
     model,
