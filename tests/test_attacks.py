@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mpqfl_jax import attacks, errors, local, models, types
-from mpqfl_jax.attacks import core, descent
+from mpqfl_jax.attacks import core, descent, inverting_gradients
 
 MEAN, STD = np.array([0.3], np.float32), np.array([0.4], np.float32)
 
@@ -45,12 +45,13 @@ def small_model():
 
 
 def observe(
-  model, n=2, steps=1, batch=1, seed=0, labels=False, rate=0.1, epochs=1
+  model, n=2, steps=1, batch=1, seed=0, labels=False, rate=0.1, epochs=1, x=None
 ):
   """n observations of clients that hold random images, and those images."""
   keys = jax.random.split(jax.random.key(seed), 3)
   shape = (n, steps, batch)
-  x = jax.random.uniform(keys[0], (*shape, *model.image_shape))
+  if x is None:
+    x = jax.random.uniform(keys[0], (*shape, *model.image_shape))
   y = jax.random.randint(keys[1], shape, 0, model.num_classes)
   params = model.init(keys[2])
   update = jax.vmap(
@@ -293,6 +294,43 @@ def test_in_pixels_a_step_is_the_papers():
   assert np.max(error) < 1e-6 and np.any(moved != state.v)
 
 
+def test_rates_of_searches():
+  pixels = inverting_gradients.SEARCHES["pixels"].rate(0.1, 4800)
+  for step, rate in (
+    *((0, 0.1), (1799, 0.1), (1801, 0.01), (2999, 0.01)),
+    *((3001, 1e-3), (4199, 1e-3), (4201, 1e-4), (4799, 1e-4)),
+  ):
+    assert float(pixels(step)) == pytest.approx(rate)
+  natural = inverting_gradients.SEARCHES["natural"].rate(0.1, 4800)
+  for step, rate in ((0, 0.1), (1600, 0.075), (2400, 0.05), (4800, 0.0)):
+    assert float(natural(step)) == pytest.approx(rate, abs=1e-6)
+
+
+def test_rounding_of_a_distance_does_not_choose_between_images():
+  scale = inverting_gradients.SEARCHES["natural"].scale
+  logs = scale(jnp.array([-1e-7, 0.0, 1e-7, 1e-6, 1e-5, 1.0, 2.0]))
+  assert np.all(np.diff(logs) >= 0) and np.all(np.diff(logs)[2:] > 0.5)
+  assert logs[2] - logs[0] < 0.1
+  slope = jax.vmap(jax.grad(scale))(jnp.array([-1e-7, 1e-9, 1e-6]))
+  assert np.all(np.isfinite(slope))
+
+
+def test_a_smooth_image_comes_back_sooner_in_natural_coordinates():
+  model = models.make("mlp", (8, 8, 1), 4, MEAN, STD)
+  keys = jax.random.split(jax.random.key(5), 2)
+  coarse = jax.random.uniform(keys[0], (2, 1, 1, 3, 3, 1))
+  x = jax.image.resize(coarse, (2, 1, 1, 8, 8, 1), "cubic").clip(0, 1)
+  observation, x, _ = observe(model, n=2, x=x, labels=True)
+  found = {}
+  for search in ("natural", "pixels"):
+    attack = attacks.make(
+      "inverting_gradients", model, search=search, iterations=60
+    )
+    run = attacks.run(attack, observation, keys[1], progress=False)
+    found[search] = psnr(run.x[:, 0], x[:, 0, 0])
+  assert np.all(found["natural"] > found["pixels"] + 3)
+
+
 def test_inverting_gradients_takes_back_a_multi_step_batch():
   model = small_model()
   observation, x, y = observe(model, n=1, steps=2, batch=2, labels=True)
@@ -420,6 +458,9 @@ def test_mistakes_are_named():
     attacks.make("inverting_gradients", model, objective="cos")
   with pytest.raises(errors.UserError, match="search"):
     attacks.make("inverting_gradients", model, search="pixel")
+  for name in ("inverting_gradients", "tag", "gradinversion"):
+    with pytest.raises(errors.UserError, match="iterations=0"):
+      attacks.make(name, model, iterations=0)
   observation, _, _ = observe(model, n=1, batch=2)
   idlg = attacks.make("idlg", model, batch=2)
   with pytest.raises(errors.UserError, match="one image"):

@@ -254,6 +254,20 @@ def test_lbfgs_stops_where_there_is_no_descent():
   np.testing.assert_array_equal(state.x, 1)
 
 
+def test_the_cosine_of_nothing_has_a_slope():
+  observed = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[1.0]])}
+  zeros = jax.tree.map(jnp.zeros_like, observed)
+
+  def distance(simulated):
+    return objectives.cosine(simulated, seen(observed))
+
+  assert distance(zeros) == 1.0
+  slope = jax.grad(distance)(zeros)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(slope))
+  assert distance(trees.scale(7.0, observed)) == pytest.approx(0.0, abs=1e-6)
+  assert distance(trees.scale(-1e-4, observed)) == pytest.approx(2.0)
+
+
 def test_cosine_matrix_is_scipys_dct():
   np.testing.assert_allclose(
     coordinates.cosine_matrix(7),

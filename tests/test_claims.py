@@ -372,37 +372,79 @@ def test_what_mixing_hides_for_accuracy_does_not_count(lost, verdict):
 def test_gains_are_told_setting_by_setting():
   mixed = "experiments/policies/noisy_front.toml"
 
-  def tried(name, shift, **kw):
-    return attacked(name, UNIFORM - shift, knowledge="adaptive", **kw)
+  def found(images, **second):
+    """Gains, with late rounds of so many images."""
 
-  late = {"weights": "trained", "round": 50}
-  found = list(
-    ablation.gains(
+    def tried(name, shift, many=30, **kw):
+      psnr = (UNIFORM - shift)[:many]
+      return attacked(name, psnr, knowledge="adaptive", **kw)
+
+    late = {"weights": "trained", "round": 20}
+    later = {"weights": "trained", "round": 50, "batch_size": 3} | second
+    return list(
+      ablation.gains(
+        results(
+          [trained("int2", [0.9]), trained(mixed, [0.9])],
+          [
+            tried("int2", 0.0),
+            tried(mixed, 3.0),
+            tried("int2", 0.0, batch_size=4),
+            tried(mixed, 1.0, batch_size=4),
+            tried("int2", 2.0, images, **late),
+            tried("int2", 2.0, images, **later),
+            tried(mixed, 1.5, images, **late),
+            tried(mixed, 1.1, images, **later),
+          ],
+        )
+      )
+    )
+
+  enough = found(30)
+  assert [(g.setting, g.images) for g in enough] == [
+    ("batch of 1", 30),
+    ("batch of 4", 30),
+    ("trained weights, round 20", 30),
+    ("trained weights, round 50", 30),
+  ]
+  values = [g.gain.value for g in enough]
+  assert values == pytest.approx([3.0, 1.0, -0.5, -0.9])
+  assert all((g.defense, g.uniform) == (mixed, "int2") for g in enough)
+  assert enough[0].own == pytest.approx(enough[0].other - 3.0)
+  # Rounds of few images count together, and an image once.
+  few = found(20)
+  assert len(few) == 3
+  assert few[2].setting == "trained weights, rounds 20 to 50"
+  assert few[2].images == 20 and few[2].gain.value == pytest.approx(-0.7)
+  assert found(20, seed=1)[2].images == 40
+
+
+def test_noise_of_few_seeds_leaves_no_rival_out():
+  mixed = "experiments/policies/noisy_front.toml"
+  accuracy = [0.90, 0.91, 0.92, 0.93]
+
+  def rival(drop):
+    quiet = [a - d for a, d in zip(accuracy, drop, strict=True)]
+    (row,) = ablation.compare(
       results(
-        [trained("int2", [0.9]), trained(mixed, [0.9])],
         [
-          tried("int2", 0.0),
-          tried(mixed, 3.0),
-          tried("int2", 0.0, batch_size=4),
-          tried(mixed, 1.0, batch_size=4),
-          # Late updates are of all shapes and rounds, and count together.
-          tried("int2", 2.0, weights="trained", round=20),
-          tried("int2", 2.0, **late, batch_size=3, seed=1),
-          tried(mixed, 1.5, weights="trained", round=20),
-          tried(mixed, 1.5, **late, batch_size=3, seed=1),
+          trained(mixed, accuracy),
+          trained("int3", accuracy),
+          trained("int2", quiet),
+        ],
+        [
+          attacked(mixed, UNIFORM - 3, knowledge="adaptive"),
+          attacked("int3", UNIFORM, knowledge="adaptive"),
+          attacked("int2", UNIFORM - 2, knowledge="adaptive"),
         ],
       )
     )
-  )
-  assert [g.setting for g in found] == [
-    "batch of 1",
-    "batch of 4",
-    "trained weights, rounds 20 to 50",
-  ]
-  assert [g.gain.value for g in found] == pytest.approx([3.0, 1.0, -0.5])
-  assert [g.images for g in found] == [30, 30, 60]
-  assert all((g.defense, g.uniform) == (mixed, "int2") for g in found)
-  assert found[0].own == pytest.approx(found[0].other - 3.0)
+    return row
+
+  # 1.5 points less on average, either way: not sure to be more than a point.
+  unsure = rival([0.0, 0.03, 0.03, 0.0])
+  assert unsure.uniform == "int2" and unsure.gain.value == pytest.approx(1)
+  assert "costs 1.50 points less" in unsure.words
+  assert rival([0.015, 0.016, 0.014, 0.015]).uniform == "int3"
 
 
 def test_the_best_uniform_code_is_the_one_that_hides_most():

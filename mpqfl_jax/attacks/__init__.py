@@ -51,7 +51,7 @@ ATTACKS: dict[str, tuple[Callable[..., AnyAttack], str]] = {
   "idlg": (dlg.idlg, "Improved DLG: label first, Zhao et al. 2020"),
   "inverting_gradients": (
     inverting_gradients.inverting_gradients,
-    "cosine distance and total variation, Geiping et al. 2020",
+    "cosine distance and total variation, after Geiping et al. 2020",
   ),
   "tag": (
     inverting_gradients.tag,

@@ -42,6 +42,13 @@ def _logarithm(distance: Array) -> Array:
   return jnp.log(jnp.maximum(distance, 0.0) + _FLOOR)
 
 
+def _check_steps(attack: str, iterations: int) -> None:
+  if iterations < 1:
+    raise errors.UserError(
+      f"attack {attack!r}: iterations={iterations}, expected at least 1."
+    )
+
+
 SEARCHES = {
   "natural": Search(
     descent.natural, optax.cosine_decay_schedule, False, _logarithm, 0.1
@@ -91,11 +98,7 @@ def inverting_gradients(
   """
   distance = core.choose("objective", objective, objectives.OBJECTIVES)
   how = core.choose("search", search, SEARCHES)
-  if iterations < 1:
-    raise errors.UserError(
-      f"attack 'inverting_gradients': iterations={iterations}, expected at"
-      " least 1."
-    )
+  _check_steps("inverting_gradients", iterations)
   if total_variation is None:
     total_variation = how.total_variation
   return descent.attack(
@@ -137,6 +140,7 @@ def tag(
     learning_rate: AdamW's largest rate, in standard deviations of a channel.
     layers: whose part of the update is compared (`focus.focused`).
   """
+  _check_steps("tag", iterations)
   rise = min(50, iterations // 2)
   rate = optax.join_schedules(
     [
@@ -201,7 +205,8 @@ def gradinversion(
     layers: whose part of the update is compared (`focus.focused`).
 
   Raises:
-    UserError: statistics of batch normalisation asked for, or no members.
+    UserError: statistics of batch normalisation asked for, no members, or less
+      than one step.
   """
   if batch_norm:
     raise errors.UserError(
@@ -209,6 +214,7 @@ def gradinversion(
       " keeps no statistics of batches: its normalisation layers, where it has"
       " any, are affine maps. Expected batch_norm=0."
     )
+  _check_steps("gradinversion", iterations)
   if members < 1:
     raise errors.UserError(
       f"attack 'gradinversion': members={members}, expected at least 1."

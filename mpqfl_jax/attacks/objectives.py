@@ -141,8 +141,11 @@ def cosine(simulated: Update, observation: Observation) -> Array:
       trees.subtract(simulated, residual(simulated, observation))
     )
   across = _weighted(simulated, target, w)
-  norms = _weighted(simulated, simulated, w) * _weighted(target, target, w)
-  return 1.0 - across * jax.lax.rsqrt(norms + 1e-30)
+  # Of an update of zeros the slope is finite: one NaN would end a search.
+  for update in (simulated, target):
+    square = jnp.maximum(_weighted(update, update, w), 1e-20)
+    across = across * jax.lax.rsqrt(square)
+  return 1.0 - across
 
 
 def straight_through(simulated: Update, observation: Observation) -> Array:

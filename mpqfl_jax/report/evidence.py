@@ -1,5 +1,6 @@
 """What a study measured, as tables, and the intervals that claims rest on."""
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ def setting(line: Line) -> tuple:
 
 
 def settings(
-  results: Results, dataset: str, *, pooled: bool = False
+  results: Results, dataset: str, enough: int = 0
 ) -> Iterator[tuple[str, Callable[[Line], bool]]]:
   """Settings in words, and which lines are of them.
 
@@ -128,7 +129,7 @@ def settings(
   Args:
     results: of the study.
     dataset: whose attacks.
-    pooled: whether late rounds are one setting, where each has few images.
+    enough: late rounds are one setting where one of them has fewer images.
   """
   mine = [a for a in results.attacks if a["dataset"] == dataset]
   late = [a for a in mine if a["weights"] != "initial"]
@@ -141,6 +142,11 @@ def settings(
     _, steps, batch, _ = where
     words = f"batch of {batch}" + (f", {steps} steps" if steps > 1 else "")
     yield words, like(where)
+
+  images = collections.Counter(
+    r for r, _ in {(a["round"], a["image"]) for a in late}
+  )
+  pooled = min(images.values(), default=enough) < enough
 
   def group(line: Line) -> tuple[int, int]:
     return (line.get("num_clients", 0), 0 if pooled else line["round"])
@@ -315,19 +321,21 @@ def paired_gain(
 
   Returns:
     The median difference with a bootstrap interval, the p-value of the
-    two-sided sign test, and the number of images; None where no image is in
-    both.
+    two-sided sign test, and the number of images, of which each counts once,
+    however many rounds it was in; None where no image is in both.
   """
 
-  def by_image(found: Sequence[Line]) -> dict[tuple, float]:
+  def by_round(found: Sequence[Line]) -> dict[tuple, float]:
     values = zip(found, psnr(found), strict=True)
     return {(a["image"], a.get("seed"), a["round"]): v for a, v in values}
 
-  a, b = by_image(mine), by_image(other)
-  both = sorted(a.keys() & b.keys(), key=str)
-  if not both:
+  a, b = by_round(mine), by_round(other)
+  of_image: dict[tuple, list[float]] = {}
+  for key in sorted(a.keys() & b.keys(), key=str):
+    of_image.setdefault(key[:2], []).append(b[key] - a[key])
+  if not of_image:
     return None
-  gains = np.array([b[key] - a[key] for key in both])
+  gains = np.array([np.mean(each) for each in of_image.values()])
   return median(gains), sign_test(gains), len(gains)
 
 
