@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import attacks as beside
-from benchmarks import federated_ours, federated_task, page
+from benchmarks import attacks_task, federated_ours, federated_task, page
 from mpqfl_jax import (
   attacks,
   engine,
@@ -138,12 +137,14 @@ def searches(cases: list[Search], dataset: str, first: int) -> Iterator[Row]:
   """A row a case: seconds an image, what was found, bytes of a lane."""
 
   def ready(case: Search):
-    model, params, data = beside.task(case.model, dataset, 0, case.conv)
+    model, params, data = attacks_task.make(case.model, dataset, 0, case.conv)
     rows = slice(first, first + case.lanes)
     x = data.x_test[rows] / np.float32(255)
     y = np.asarray(data.y_test[rows])
     with jax.default_matmul_precision("float32"):
-      observation = beside.observed(model, params, x, y, labels_known=True)
+      observation = attacks_task.observed(
+        model, params, x, y, labels_known=True
+      )
     kind, settings = specs.parse(case.attack)
     attack = attacks.make(
       kind, model, auxiliary=np.asarray(data.x_train), **settings

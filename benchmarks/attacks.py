@@ -28,7 +28,7 @@ is there.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 import itertools
 import json
 import os
@@ -41,7 +41,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import attacks_peers, page
+from benchmarks import attacks_peers, attacks_table, attacks_task, page
+from benchmarks.attacks_table import Row
 from mpqfl_jax import errors, host, metrics, specs
 
 PEERS = tuple(attacks_peers.SUPPORTED)
@@ -54,7 +55,6 @@ SUITE = (
   "inverting_gradients(model=resnet18,images=1,iterations=60),"
   "rgap(model=cnn6,images=2)"
 )
-Row = dict[str, Any]
 
 
 class Comparison(NamedTuple):
@@ -122,6 +122,7 @@ def check(
     UserError: unknown names, or a comparison that is not fair or not there.
   """
   from mpqfl_jax import attacks, models
+  from mpqfl_jax.attacks import core, inverting_gradients
 
   attack, model = comparison.attack, comparison.model
   if attack not in attacks.ATTACKS:
@@ -141,6 +142,8 @@ def check(
       f"{attack} with search={comparison.search}: expected it of"
       " inverting_gradients alone."
     )
+  if comparison.search:
+    core.choose("search", comparison.search, inverting_gradients.SEARCHES)
   if attack == "rgap" and comparison.iterations:
     raise errors.UserError(
       f"--iterations={comparison.iterations}: rgap is a closed form; expected 0"
@@ -171,9 +174,9 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   from experiments import folder as folder_lib
   from mpqfl_jax import attacks
 
-  model, params, data = task(args.model, args.dataset, args.seed)
+  model, params, data = attacks_task.make(args.model, args.dataset, args.seed)
   truth = np.load(folder / "task.npz")
-  observation = observed(
+  observation = attacks_task.observed(
     model, params, truth["x"], truth["y"], args.labels_known
   )
   settings: dict[str, Any] = {}
@@ -203,70 +206,13 @@ def _ours(args: argparse.Namespace, folder: pathlib.Path) -> None:
   )
 
 
-def task(name: str, dataset: str, seed: int, conv: str | None = None):
-  """The model of a name, its initial weights, and the data set.
-
-  Args:
-    name: of the model.
-    dataset: an embedded one.
-    seed: of the weights.
-    conv: the form of convolutions; default `layers.ATTACK_FORM`.
-  """
-  import jax
-
-  from mpqfl_jax import datasets, layers, models
-
-  data = datasets.load(dataset)
-  model = models.make(
-    name,
-    data.x_train.shape[1:],
-    len(data.class_names),
-    data.mean,
-    data.std,
-    conv=conv or layers.ATTACK_FORM,
-  )
-  return model, model.init(jax.random.key(seed)), data
-
-
-def updates(model, params, x: np.ndarray, y: np.ndarray):
-  """The update of one step at rate 1 on each image, that is its gradient."""
-  import jax
-  import jax.numpy as jnp
-
-  from mpqfl_jax import attacks
-
-  one = jax.jit(lambda x, y: attacks.simulate(model, params, x, y, 1.0))
-  each = [
-    one(image[None, None], jnp.asarray(label)[None, None])
-    for image, label in zip(x, y, strict=True)
-  ]
-  return jax.tree.map(lambda *a: np.stack(a), *each)
-
-
-def observed(model, params, x: np.ndarray, y: np.ndarray, labels_known: bool):
-  """What `attacks.run` is given of these updates."""
-  import jax
-  import jax.numpy as jnp
-
-  from mpqfl_jax.types import Observation
-
-  n = len(x)
-  return Observation(
-    jax.tree.map(lambda a: np.broadcast_to(a, (n, *a.shape)), params),
-    updates(model, params, x, y),
-    None,
-    jnp.asarray(y, jnp.int32)[:, None, None] if labels_known else None,
-    jnp.ones(n),
-  )
-
-
 def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
   """Writes the task that all systems solve, and what they have to agree on."""
   import jax
 
   from mpqfl_jax import trees
 
-  model, params, data = task(args.model, args.dataset, args.seed)
+  model, params, data = attacks_task.make(args.model, args.dataset, args.seed)
   rows = slice(args.first, args.first + args.images)
   x = np.asarray(data.x_test[rows]).astype(np.float32) / 255.0
   y = np.asarray(data.y_test[rows])
@@ -282,7 +228,7 @@ def _prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     "std": model.std,
     "logits": np.asarray(jax.jit(model.apply)(params, x)),
   }
-  sent = jax.tree.leaves(updates(model, params, x, y))
+  sent = jax.tree.leaves(attacks_task.updates(model, params, x, y))
   leaves = zip(
     trees.leaf_names(params), jax.tree.leaves(params), sent, strict=True
   )
@@ -423,83 +369,15 @@ def compare(
   return list(best.values())
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-  return row["attack"], row["model"], row["search"]
-
-
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
   """The old rows, with those of a comparison that was run anew."""
   if not new:
     return old
-  groups = {key: list(rows) for key, rows in itertools.groupby(old, _key)}
-  groups[_key(new[0])] = new
+  groups = {
+    key: list(rows) for key, rows in itertools.groupby(old, attacks_table.key)
+  }
+  groups[attacks_table.key(new[0])] = new
   return [row for rows in groups.values() for row in rows]
-
-
-def _pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
-  """(ours, a peer's) of each comparison."""
-  for _, group in itertools.groupby(rows, _key):
-    systems = list(group)
-    for peer in systems[1:]:
-      yield systems[0], peer
-
-
-def markdown(rows: list[Row]) -> str:
-  """The table of a file's rows: a line a comparison, ours first in each cell.
-
-  Raises:
-    UserError: no peer's row among them.
-  """
-  pairs = list(_pairs(rows))
-  if not pairs:
-    raise errors.UserError(
-      "no row of a peer to put beside ours; expected a file that --json wrote"
-      " with --peers or --suite."
-    )
-
-  def both(ours: Row, peer: Row, show: Callable[[Row], str]) -> str:
-    return f"{show(ours)} / {show(peer)}"
-
-  def figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-  head = (
-    *("attack", "model", "images", "labels", "steps"),
-    *("ms a step", "s an image", "times as fast", "median PSNR, dB"),
-    *("lowest, dB", "compiling, s"),
-  )
-  lines = [f"| {' | '.join(head)} |", f"| :-- | :-- {'| --: ' * 9}|"]
-  for ours, peer in pairs:
-    faster = peer["seconds_per_image"] / ours["seconds_per_image"]
-    steps, each = "closed form", ""
-    if max(ours["iterations"], peer["iterations"]) > 1:
-      steps = both(ours, peer, lambda r: f"{r['iterations']:.0f}")
-      each = both(ours, peer, lambda r: figure(r["ms_per_iteration_per_image"]))
-    search = f"(search={ours['search']})" if ours["search"] else ""
-    cells = (
-      f"`{ours['attack']}{search}`",
-      f"`{ours['model']}`",
-      str(ours["images"]),
-      "known" if ours["labels_known"] else "found",
-      steps,
-      each,
-      both(ours, peer, lambda r: figure(r["seconds_per_image"])),
-      figure(faster),
-      both(ours, peer, lambda r: f"{r['psnr_db_median']:.1f}"),
-      both(ours, peer, lambda r: f"{r['psnr_db_min']:.1f}"),
-      both(ours, peer, lambda r: f"{r['compile_seconds']:.1f}"),
-    )
-    lines.append(f"| {' | '.join(cells)} |")
-  versions = dict.fromkeys(r["version"] for pair in pairs for r in pair)
-  data = dict.fromkeys(
-    f"Test images of `{r['dataset']}` from number {r['first']} on"
-    for r, _ in pairs
-  )
-  hosts = dict.fromkeys(
-    r.get("device") or f"{r['cpu']}, {r['cores']} cores" for r, _ in pairs
-  )
-  lines += ["", f"{'; '.join((*data, *hosts, *versions))}."]
-  return "\n".join(lines)
 
 
 _COLUMNS = (
@@ -621,7 +499,9 @@ def _main(args: argparse.Namespace) -> None:
     _write(args.json, rows)
   if args.page:
     block = "beside on a GPU" if args.gpu else "beside"
-    page.put(pathlib.Path(args.page), block, markdown(_read(args.json)))
+    page.put(
+      pathlib.Path(args.page), block, attacks_table.markdown(_read(args.json))
+    )
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import attacks as beside
-from benchmarks import page
+from benchmarks import attacks_task, page
 from mpqfl_jax import attacks, errors, exact, host, specs
 from mpqfl_jax.report import tables
 
@@ -59,7 +58,7 @@ def measure(
     UserError: unknown names or settings.
   """
   name, _, spec = search.partition(":")
-  model, params, data = beside.task(name, dataset, 0)
+  model, params, data = attacks_task.make(name, dataset, 0)
   kind, settings = specs.parse(spec)
   attack = attacks.make(
     kind, model, auxiliary=np.asarray(data.x_train), **settings
@@ -71,7 +70,7 @@ def measure(
     )
   x = data.x_test[first : first + 1] / np.float32(255)
   y = np.asarray(data.y_test[first : first + 1])
-  observation = beside.observed(model, params, x, y, labels_known=True)
+  observation = attacks_task.observed(model, params, x, y, labels_known=True)
   rows = []
   for width in widths:
     for count in restarts:

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import attacks, attacks_peers
+from benchmarks import attacks, attacks_peers, attacks_table
 from mpqfl_jax import attacks as our_attacks
 from mpqfl_jax import errors, models
 
@@ -72,6 +72,10 @@ def test_a_mistake_in_the_suite_is_named(text, words):
     (("dlg", "lenet_zhu", 0), "images=0 .* at least 1"),
     (("dlg", "lenet_zhu", 1, -1), "iterations=-1"),
     (("dlg", "lenet_zhu", 1, 0, False, "pixels"), "dlg with search=pixels"),
+    (
+      ("inverting_gradients", "lenet_zhu", 1, 0, True, "pixel"),
+      "unknown search 'pixel'. Did you mean 'pixels'",
+    ),
   ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
@@ -211,7 +215,7 @@ def test_the_table_puts_a_peer_beside_us():
     make_row("breaching", "rgap", "cnn6", 1234.0, iterations=1.0),
     make_row("ours", "map", seconds=1.0),  # Nobody beside it.
   ]
-  text = attacks.markdown(rows)
+  text = attacks_table.markdown(rows)
   lines = text.splitlines()
   assert len(lines) == 6
   counts = {line.count("|") for line in lines[:4]}
@@ -224,7 +228,7 @@ def test_the_table_puts_a_peer_beside_us():
   for words in ("from number 0 on", "a processor, 2 cores", "breaching 1"):
     assert words in lines[-1]
   with pytest.raises(errors.UserError, match="no row of a peer"):
-    attacks.markdown(rows[4:])
+    attacks_table.markdown(rows[4:])
 
 
 def test_the_table_names_the_device_and_the_search():
@@ -232,7 +236,7 @@ def test_the_table_names_the_device_and_the_search():
     make_row(system, "inverting_gradients", search="pixels", device="A GPU")
     for system in ("ours", "breaching")
   ]
-  lines = attacks.markdown(rows).splitlines()
+  lines = attacks_table.markdown(rows).splitlines()
   assert lines[2].startswith("| `inverting_gradients(search=pixels)` |")
   assert "; A GPU; " in lines[-1] and "cores" not in lines[-1]
   # Another search is another comparison.
