@@ -295,7 +295,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     flags.DEFINE_string(
       "plan",
       "auto",
-      "How a cohort is executed: auto, loop, vmap, chunk(size=8).",
+      "How a cohort is executed: auto, loop, vmap, chunk(size=8). All but auto"
+      " take a form of convolution other than the backend's fastest, as"
+      " loop(conv=xla).",
     ),
     flags.DEFINE_integer(
       "devices",

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from mpqfl_jax import aggregate, errors, models, sharding, specs, trees
+from mpqfl_jax import (
+  aggregate,
+  errors,
+  layers,
+  models,
+  sharding,
+  specs,
+  trees,
+)
 from mpqfl_jax.types import (
   Array,
   Cohort,
@@ -60,23 +68,27 @@ def plan(
   """Resolves `--plan`.
 
   Args:
-    spec: `auto`, `loop`, `vmap` or `chunk(size=8)`.
+    spec: `auto`, `loop`, `vmap` or `chunk(size=8)`; all but `auto` take a form
+      of convolution, `loop(conv=canonical)`, other than the backend's fastest.
     backend: `cpu`, `gpu` or `tpu`.
     cohort: clients in a round on one device.
     room: form of convolution -> how many clients side by side a device has
       memory for; asked for by `auto` alone, where it is no CPU.
 
   Raises:
-    UserError: no such plan, or a chunk size below 1.
+    UserError: no such plan or form, or a chunk size below 1.
   """
   name, params = specs.parse(spec)
 
-  def named(why: str, name: str, size: int) -> Plan:
-    # Side by side on a CPU, clients still take turns in every convolution:
-    # twice as fast as batched products of slices, as measured.
-    if backend == "cpu":
-      return Plan(name, size, "canonical", why)
-    return Plan(name, size, "xla" if size == 1 else "slices", why)
+  def named(why: str, name: str, size: int, conv: str | None = None) -> Plan:
+    if conv is None:
+      # Side by side on a CPU, clients still take turns in every convolution:
+      # twice as fast as batched products of slices, as measured.
+      fast = "xla" if size == 1 else "slices"
+      conv = "winograd" if backend == "cpu" else fast
+    if conv not in layers.FORMS:
+      raise errors.unknown_name("convolution form", str(conv), layers.FORMS)
+    return Plan(name, size, conv, why)
 
   def auto() -> Plan:
     if backend == "cpu":
@@ -93,17 +105,23 @@ def plan(
       size,
     )
 
-  def chunk(size: int = 8) -> Plan:
+  def chunk(size: int = 8, conv: str | None = None) -> Plan:
     if not isinstance(size, int) or size < 1:
       raise errors.UserError(
         f"chunk(size={size}) is not a plan. Expected a whole number from 1."
       )
-    return named("asked for", "chunk", size)
+    return named("asked for", "chunk", size, conv)
+
+  def loop(conv: str | None = None) -> Plan:
+    return named("asked for", "loop", 1, conv)
+
+  def vmap(conv: str | None = None) -> Plan:
+    return named("asked for", "vmap", 0, conv)
 
   plans: dict[str, Callable] = {
     "auto": auto,
-    "loop": lambda: named("asked for", "loop", 1),
-    "vmap": lambda: named("asked for", "vmap", 0),
+    "loop": loop,
+    "vmap": vmap,
     "chunk": chunk,
   }
   if name not in plans:

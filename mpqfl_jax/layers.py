@@ -8,9 +8,12 @@ slower by an order of magnitude again. The forms here avoid each of these:
 
   xla        `jax.lax.conv_general_dilated` as it is: one client after another
              on accelerators.
+  winograd   in tiles, with fewer products than the definition has
+             (`winograd.py`), half the time of `canonical`: many channels, on a
+             CPU. Where tiles do not pay, and in low precision, as `canonical`.
   canonical  XLA's convolution with both gradients written as convolutions in
-             the canonical layout: many channels, on a CPU. Strided ones, and
-             those of few channels, are computed as `planes`.
+             the canonical layout. Strided ones, and those of few channels, are
+             computed as `planes`.
   planes     matrix products over windows laid out with channels first and
              examples last, so that every copy is long and contiguous; the
              gradient to the input is again a product over windows, of the
@@ -20,11 +23,11 @@ slower by an order of magnitude again. The forms here avoid each of these:
              second derivatives, which attacks need, stay products: attacks
              everywhere, clients side by side on accelerators.
 
-`canonical` and `planes` are primitives with rules of their own. A convolution
-(x, w) -> y and its two gradients, (w, y) -> x and (x, y) -> w, are each linear
-in both arguments, and the transposes of one are the two others, so that the
-three are closed under derivatives of any order, forward and reverse. Under
-`vmap` over kernels they become a loop over kernels, never a grouped
+`winograd`, `canonical` and `planes` are primitives with rules of their own. A
+convolution (x, w) -> y and its two gradients, (w, y) -> x and (x, y) -> w, are
+each linear in both arguments, and the transposes of one are the two others, so
+that the three are closed under derivatives of any order, forward and reverse.
+Under `vmap` over kernels they become a loop over kernels, never a grouped
 convolution.
 
 A Flax module uses any form without knowing: pass `convolution(form)` as the
@@ -41,7 +44,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 import jax.numpy as jnp
 
-from mpqfl_jax import errors, fusion, pooling
+from mpqfl_jax import errors, fusion, pooling, winograd
 from mpqfl_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -218,8 +221,32 @@ def _canonical_w(x: Array, y: Array, geometry: _Geometry) -> Array:
   return w.transpose(1, 2, 0, 3)
 
 
+def _winograd(wanted: str) -> Callable:
+  tiled = {"x": winograd.x, "w": winograd.w, "y": winograd.y}[wanted]
+  plain = {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y}[wanted]
+
+  def compute(a, b, geometry):
+    shapes = {
+      role: array.shape
+      for role, array in zip(_operands(wanted), (a, b), strict=True)
+    }
+    batch = shapes["x" if wanted != "x" else "y"][0]
+    cin = shapes["x"][-1] if wanted == "w" else shapes["w"][2]
+    cout = shapes["y"][-1] if wanted == "w" else shapes["w"][3]
+    tiling = None
+    precise = jnp.finfo(a.dtype).bits >= 32
+    if precise and not _few_channels(geometry.strides, cin, cout):
+      tiling = winograd.tiling(
+        geometry.size, geometry.pads, geometry.kernel, batch, (cin, cout)
+      )
+    return plain(a, b, geometry) if tiling is None else tiled(a, b, tiling)
+
+  return compute
+
+
 # form -> which of the three arrays is wanted -> how to compute it.
 _COMPUTE: dict[str, dict[str, Callable]] = {
+  "winograd": {role: _winograd(role) for role in ("x", "w", "y")},
   "canonical": {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y},
   "planes": {"x": _planes_x, "w": _planes_w, "y": _planes_y},
 }
@@ -324,6 +351,7 @@ ATTACK_FORM = "slices"
 
 FORMS: dict[str, Callable] = {
   "xla": _xla,
+  "winograd": _primitive("winograd"),
   "canonical": _primitive("canonical"),
   "planes": _primitive("planes"),
   "slices": _slices,
@@ -429,7 +457,7 @@ def block(
 
   z = convolution(form)(x, kernel, strides, padding, dimension_numbers=NHWC)
   few = _few_channels(strides, *kernel.shape[2:])
-  if form == "planes" or (form == "canonical" and few):
+  if form == "planes" or (form in ("canonical", "winograd") and few):
     z = pooled(planar(z))
     flat = activation(z.reshape(z.shape[0], -1) + bias[:, None])
     return planar(flat.reshape(z.shape))

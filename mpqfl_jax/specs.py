@@ -92,6 +92,11 @@ def call(kind: str, constructor, params: dict[str, Any], *args) -> Any:
   """
   signature = inspect.signature(constructor)
   names = list(signature.parameters)[len(args) :]
+  if params and not names:
+    raise errors.UserError(
+      f"{kind} takes no parameters, and got {', '.join(params)}. Expected"
+      f" {kind.split()[-1]} alone."
+    )
   for key in params:
     if key not in names:
       raise errors.unknown_name(f"parameter of {kind}", key, names)

@@ -432,11 +432,28 @@ def test_evaluate_equals_numpy():
 
 
 @pytest.mark.parametrize(
-  "spec", ["lop", "chunk(size=0)", "chunk(sise=2)", "chunk(size=two)"]
+  "spec",
+  [
+    "lop",
+    "chunk(size=0)",
+    "chunk(sise=2)",
+    "chunk(size=two)",
+    "loop(conv=winogard)",
+    "auto(conv=xla)",
+  ],
 )
 def test_wrong_plans_are_refused(spec):
   with pytest.raises(errors.UserError, match=r"Expected"):
     engine.plan(spec, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_plan_takes_another_form_of_convolution(backend):
+  assert engine.plan("vmap(conv=planes)", backend).conv == "planes"
+  chunk = engine.plan("chunk(size=3,conv=canonical)", backend)
+  assert (chunk.size, chunk.conv) == (3, "canonical")
+  assert engine.plan("loop", "cpu").conv == "winograd"
+  assert engine.plan("loop", "gpu").conv == "xla"
 
 
 def test_more_devices_than_there_are():

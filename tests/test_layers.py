@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpqfl_jax import errors, layers
+from mpqfl_jax import errors, layers, winograd
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _CASES = [
@@ -21,6 +21,12 @@ _CASES = [
   (16, 16, (3, 2), (1, 1), ((2, 0), (0, 1))),
   (4, 6, (3, 3), (2, 1), "SAME"),
 ]
+
+
+def test_the_cases_reach_tiles():
+  """Or the tests of `winograd` would be those of `canonical`."""
+  channels, pads = (16, 32), ((2, 2), (2, 2))
+  assert winograd.tiling((9, 11), pads, (5, 5), 2, channels) is not None
 
 
 def _arrays(cin, cout, kernel):
@@ -107,7 +113,7 @@ def _hlo_convolutions(fn, *args):
   return [int(g) for g in groups]
 
 
-@pytest.mark.parametrize("form", ["canonical", "planes", "slices"])
+@pytest.mark.parametrize("form", ["winograd", "canonical", "planes", "slices"])
 @pytest.mark.parametrize("channels", [4, 16])
 def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
   net = nn.Conv(channels, (3, 3), conv_general_dilated=layers.convolution(form))
@@ -131,7 +137,7 @@ def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
   _assert_close(jax.jit(grads)(variables, x), plain_grads(variables, x))
 
 
-@pytest.mark.parametrize("form", ["canonical", "planes"])
+@pytest.mark.parametrize("form", ["winograd", "canonical", "planes"])
 def test_derivatives_commute_with_vmap_and_with_each_other(form):
   conv, want = layers.convolution(form), lax.conv_general_dilated
   x, w = _arrays(3, 4, (3, 2))

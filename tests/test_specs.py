@@ -52,3 +52,5 @@ def test_call_names_wrong_and_missing_parameters():
     specs.call("codec f", build, {"ratios": 1}, "x")
   with pytest.raises(errors.UserError, match="needs ratio"):
     specs.call("codec f", build, {"levels": 1}, "x")
+  with pytest.raises(errors.UserError, match="plan auto takes no parameters"):
+    specs.call("plan auto", lambda: None, {"conv": "xla"})
