@@ -54,28 +54,50 @@ def high_levels(levels: int) -> int:
   return ((levels - 1) >> 8) + 1
 
 
+def halves_of(levels: int) -> int:
+  """What a length must be a multiple of, so that `pack` takes halves of it."""
+  planes = 1 if levels > 256 else _group(levels)[0]
+  return planes if planes % 2 == 0 else 2
+
+
 def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   """Packs codes into bytes.
 
   Args:
     codes: [count] integers from 0, below `levels`; or the same entries as
-      [2, n, ...] with n a multiple of 4, which compiles to better loops.
+      [2, n, ...] with 2 n a multiple of `halves_of(levels)`, which compiles to
+      better loops.
     levels: how many different codes there are, 2 to 65536.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
 
   Returns:
     [packed_size(count, levels)], `packed_type(levels)`.
   """
+  return join(parts(codes, levels, xp), xp)
+
+
+def join(packed: list[Codes], xp: ModuleType = jnp) -> Codes:
+  """What `pack` returns, from `parts`."""
+  flat = [part.reshape(-1) for part in packed]
+  return flat[0] if len(flat) == 1 else xp.concatenate(flat)
+
+
+def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
+  """What `pack` puts together, in shapes of its own; arguments as for `pack`.
+
+  In a loop over a flat result, the compiler would compute where in a block each
+  entry lies, and vectorise nothing.
+  """
   halves = codes
-  codes = codes.reshape(-1)
   if width_of(levels) == 16:
-    return codes.astype(xp.uint16)
+    return [codes.astype(xp.uint16)]
+  planes, group = (1, 1) if levels > 256 else _group(levels)
+  if levels <= 256 and planes == 1:
+    return [codes.astype(xp.uint8)]
+  codes = codes.reshape(-1)
   if levels > 256:
     low = (codes & 255).astype(xp.uint8)
-    return xp.concatenate([low, pack(codes >> 8, high_levels(levels), xp)])
-  planes, group = _group(levels)
-  if planes == 1:
-    return codes.astype(xp.uint8)
+    return [low, *parts(codes >> 8, high_levels(levels), xp)]
   run = -(-codes.shape[0] // planes)
   if halves.ndim > 1 and planes % 2 == 0:
     # The shape of what is inside a run stays: no position is computed afresh.
@@ -89,19 +111,18 @@ def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
     packed = runs[-1]
     for digit in runs[-2::-1]:
       packed = packed * 3 + digit
-    return packed.astype(xp.uint8)
+    return [packed.astype(xp.uint8)]
   width = width_of(levels)
   packed = []
   for byte in range(group):
-    parts = [
+    shifted = [
       _shift(codes, i * width - 8 * byte)
       for i, codes in enumerate(runs)
       if -width < i * width - 8 * byte < 8
     ]
     # One narrowing at the end: loops over one width of number are faster.
-    value = functools.reduce(operator.or_, parts).astype(xp.uint8)
-    packed.append(value.reshape(-1))
-  return packed[0] if group == 1 else xp.concatenate(packed)
+    packed.append(functools.reduce(operator.or_, shifted).astype(xp.uint8))
+  return packed
 
 
 def unpack(

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import bitpack, counter, numerics, quantize, trees, wire
+from mpqfl_jax import (
+  bitpack,
+  counter,
+  fusion,
+  numerics,
+  quantize,
+  trees,
+  wire,
+)
 from mpqfl_jax.types import Array, Bins, Codec, LeafRecord, PyTree
 
 Shape = tuple[int, ...]
@@ -74,8 +82,8 @@ def blockwise(
   count = math.prod(shape)
   if count == 0:
     return empty(shape)
-  blocks = Blocks.of(shape, granularity)
   levels = numeric.levels
+  blocks = Blocks.of(shape, granularity, bitpack.halves_of(levels))
   dither = numeric.rounding == "dither"
 
   fields = fields_of(numeric, count, blocks.number)
@@ -91,25 +99,37 @@ def blockwise(
     return jnp.full((2, blocks.number), jnp.nan, jnp.float32)
 
   def encode(seed, x, state):
-    y = blocks.cut(jnp.asarray(x, jnp.float32))
+    x = jnp.asarray(x, jnp.float32)
     random = numeric.rounding != "nearest"
     uniform = blocks.uniform(seed) if random else None
-    reference = y
+    reference = blocks.whole(x)
     if momentum is not None:
-      extremes = quantize.extremes(y, blocks.axis)
+      extremes = quantize.extremes(reference, blocks.axis)
       seen = jnp.stack([e.reshape(blocks.number) for e in extremes])
       known = jnp.where(jnp.isnan(state), seen, state)
       state = momentum * known + (1 - momentum) * seen
       reference = blocks.cut_extremes(known)
-    side = numeric.fit(reference, blocks.axis, blocks.sizes)
-    codes = blocks.flat(numeric.encode(y, side, uniform))
+
+    def fit(reference):
+      return numeric.fit(reference, blocks.axis, blocks.sizes)
+
+    def write(y, side, uniform):
+      codes = blocks.flat(numeric.encode(y, side, uniform))
+      return bitpack.parts(codes, levels)
+
+    if blocks.axis is not None:
+      # Or a block's scale would be found again for every entry, and entries
+      # written one by one.
+      fit, write = fusion.alone(fit), fusion.alone(write)
+    side = fit(reference)
+    side = {name: side[name].reshape(-1) for name in numeric.side}
+    spread = {name: blocks.spread(value) for name, value in side.items()}
     payload = {
-      name: side[name].reshape(-1).astype(sent.dtype)
-      for name, sent in numeric.side.items()
+      name: side[name].astype(sent.dtype) for name, sent in numeric.side.items()
     }
     if dither:
       payload["seed"] = seed
-    payload["codes"] = bitpack.pack(codes, levels)
+    payload["codes"] = bitpack.join(write(blocks.cut(x), spread, uniform))
     return payload, state
 
   def read(payload):
@@ -199,16 +219,22 @@ def fixed(
   )
 
 
+# Of shorter ones XLA makes no loops over vectors.
+_LEAST_PIECE = 16
+
+
 class Blocks(NamedTuple):
   """How a leaf is cut into blocks that share side information.
 
   Attributes:
     number: how many blocks there are.
-    axis: axes of the cut array that run along a block, None for all of it.
-    sizes: entries of each block, padding not counted; broadcasts against the
-      cut array.
-    cut: [shape] or [entries] -> cut array.
-    cut_extremes: [2, number] -> cut array of two entries a block.
+    axis: axes of `whole` that run along a block, None for all of it.
+    sizes: entries of each block, padding not counted; broadcasts against
+      `whole`.
+    whole: [shape] -> array whose axes run along blocks or across them.
+    cut: [shape] or [entries] -> array cut as codes are packed, blocks in pieces
+      where need be.
+    cut_extremes: [2, number] -> `whole` with two entries a block.
     uniform: seed -> draws for stochastic rounding, like the cut array.
     flat: cut array -> [entries], or as `bitpack.pack` takes it.
     join: cut array -> [shape].
@@ -218,6 +244,7 @@ class Blocks(NamedTuple):
   number: int
   axis: quantize.Axis
   sizes: np.ndarray
+  whole: Callable[[Array], Array]
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]
   uniform: Callable[[Array], Array]
@@ -226,8 +253,14 @@ class Blocks(NamedTuple):
   spread: Callable[[Array], Array]
 
   @classmethod
-  def of(cls, shape: Shape, granularity: str | int) -> "Blocks":
-    """Blocks of a leaf; see `blockwise` for `granularity`."""
+  def of(cls, shape: Shape, granularity: str | int, halves: int) -> "Blocks":
+    """Blocks of a leaf; see `blockwise` for `granularity`.
+
+    Args:
+      shape: the leaf's.
+      granularity: what shares side information.
+      halves: as `bitpack.halves_of`.
+    """
     entries = math.prod(shape)
     if granularity == "channel" and len(shape) > 1:
       channels = shape[-1]
@@ -238,6 +271,7 @@ class Blocks(NamedTuple):
         number=channels,
         axis=axis,
         sizes=np.full(side, entries // channels, np.float32),
+        whole=lambda x: x.reshape(cut),
         cut=lambda x: x.reshape(cut),
         cut_extremes=lambda extremes: extremes.reshape(2, *side[1:]),
         uniform=lambda seed: draws(seed, cut),
@@ -248,26 +282,37 @@ class Blocks(NamedTuple):
     if isinstance(granularity, int) and granularity < entries:
       rows = -(-entries // granularity)
       padding = rows * granularity - entries
-      cut = halved(rows, granularity) if padding == 0 else (rows, granularity)
-      side = (*cut[:-1], 1)
-      sizes = np.full(rows, granularity, np.float32)
+      sizes = np.full((rows, 1), granularity, np.float32)
       sizes[-1] -= padding
+      cut = (rows, granularity)
+      # Pieces of blocks where whole blocks do not make two halves.
+      piece = math.gcd(granularity, entries // halves)
+      if padding == 0 and entries % halves == 0 and piece >= _LEAST_PIECE:
+        cut = (2, entries // piece // 2, piece)
+
+      def padded(x):
+        return jnp.pad(x.reshape(-1), (0, padding))
+
       return cls(
         number=rows,
-        axis=len(cut) - 1,
-        sizes=sizes.reshape(side),
-        cut=lambda x: jnp.pad(x.reshape(-1), (0, padding)).reshape(cut),
-        cut_extremes=lambda extremes: extremes.T.reshape(*cut[:-1], 2),
-        uniform=lambda seed: draws(seed, cut),
-        flat=lambda y: flat(y, entries),
+        axis=1,
+        sizes=sizes,
+        whole=lambda x: padded(x).reshape(rows, granularity),
+        cut=lambda x: padded(x).reshape(cut),
+        cut_extremes=lambda extremes: extremes.T,
+        uniform=lambda seed: draws(seed, cut, halves),
+        flat=lambda y: flat(y, entries, halves),
         join=lambda y: y.reshape(-1)[:entries].reshape(shape),
-        spread=lambda sent: sent.reshape(side),
+        spread=lambda sent: jnp.repeat(sent, granularity // cut[-1]).reshape(
+          *cut[:-1], 1
+        ),
       )
     cut = halved(entries)
     return cls(
       number=1,
       axis=None,
       sizes=np.full((1,), entries, np.float32),
+      whole=lambda x: x.reshape(cut),
       cut=lambda x: x.reshape(cut),
       cut_extremes=lambda extremes: extremes.reshape(-1),
       uniform=lambda seed: draws(seed, cut),
@@ -282,22 +327,22 @@ def halved(lead: int, *rest: int) -> Shape:
   return (2, lead // 2, *rest) if lead % 8 == 0 else (lead, *rest)
 
 
-def draws(seed: Array, cut: Shape) -> Array:
-  """Draws for the rounding of an array of a shape from `halved`."""
-  if not is_halved(cut):
+def draws(seed: Array, cut: Shape, halves: int = 8) -> Array:
+  """Draws for the rounding of an array, as halves where it is `is_halved`."""
+  if not is_halved(cut, halves):
     return counter.uniform(seed, cut)
   return counter.uniform_halves(seed, math.prod(cut)).reshape(cut)
 
 
-def flat(codes: Array, entries: int) -> Array:
+def flat(codes: Array, entries: int, halves: int = 8) -> Array:
   """Codes as `bitpack.pack` takes them: halves, or without the padding."""
-  whole = codes.size == entries and is_halved(codes.shape)
+  whole = codes.size == entries and is_halved(codes.shape, halves)
   return codes if whole else codes.reshape(-1)[:entries]
 
 
-def is_halved(cut: Shape) -> bool:
-  """Whether a shape of `halved` consists of two halves."""
-  return len(cut) > 1 and cut[0] == 2 and cut[1] % 4 == 0
+def is_halved(cut: Shape, halves: int = 8) -> bool:
+  """Whether a shape is of two halves, each a multiple of half of `halves`."""
+  return len(cut) > 1 and cut[0] == 2 and 2 * cut[1] % halves == 0
 
 
 def float32(shape: Shape) -> LeafCodec:

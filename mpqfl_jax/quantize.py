@@ -30,8 +30,8 @@ from mpqfl_jax.types import Array
 # processors differ in whether they flush to zero.
 LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
-# Beyond the codes of every grid, and far from overflow.
-_FAR = np.int32(2**20)
+# Its last bit is 1, and so is that of every float32 within 2^22 of it.
+_ANCHOR = np.float32(1.5 * 2.0**23)
 # Arrays from this size on are reduced from so many slices, and in strips of at
 # most so many entries where two passes should find them in a core's cache.
 _LARGE, _SLICES, _STRIP = 2**20, 16, 8192
@@ -209,14 +209,18 @@ def quantize(
 
 def to_codes(steps: Array, grid: Grid) -> Array:
   """The codes of rounded multiples of the scale, int32; NaN becomes zero."""
-  # XLA's conversion takes NaN to 0 and what is too large to the largest
-  # integer, and it has to look for both anyway: a clamp and a selection before
-  # it would cost as much again. The first clamp is there for the sum, which
-  # could overflow. `lax.clamp`: a minimum of a maximum takes twice the time.
-  codes = jax.lax.clamp(-_FAR, steps.astype(jnp.int32), _FAR)
-  codes += grid.zero_point.astype(jnp.int32)
-  low, high = (jnp.asarray(e, jnp.int32) for e in (grid.low, grid.high))
-  return jax.lax.clamp(low, codes, high)
+  # The sum of an integer and the anchor holds it in its last bits, and read as
+  # integers, float32 numbers above zero are in order, negative ones below them:
+  # a clamp finds all that is too far. XLA's conversion would take five
+  # operations an entry to look for NaN and for what is too large.
+  origin = _ANCHOR + grid.zero_point
+  places = jnp.where(steps == steps, steps, 0.0) + origin
+  patterns = jax.lax.bitcast_convert_type(places, jnp.int32)
+  anchor = int(_ANCHOR.view(np.int32))
+  low, high = (
+    jnp.asarray(e, jnp.int32) + anchor for e in (grid.low, grid.high)
+  )
+  return jax.lax.clamp(low, patterns, high) - anchor
 
 
 def dequantize(codes: Array, grid: Grid) -> Array:

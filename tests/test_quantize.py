@@ -136,13 +136,41 @@ def test_channels_are_tensors_of_their_own():
       np.testing.assert_array_equal(got[..., channel], one)
 
 
-def test_groups_are_tensors_of_their_own():
-  x = np.random.default_rng(1).standard_normal(100).astype(np.float32)
-  got, payload = roundtrip(x, "int3", granularity=32)
-  assert payload["scale"].shape == (4,)
-  for start in range(0, 100, 32):
-    one, _ = roundtrip(x[start : start + 32], "int3")
+@pytest.mark.parametrize(
+  "name, entries",
+  [
+    ("int3", 100),  # the last group is padded
+    ("int8", 96),  # three groups: packed in halves of one and a half
+    ("int4", 25 * 32),  # the same, two codes a byte
+    ("int2", 20 * 32),
+    ("ternary", 25 * 32),
+  ],
+)
+def test_groups_are_tensors_of_their_own(name, entries):
+  x = np.random.default_rng(1).standard_normal(entries).astype(np.float32)
+  x *= np.logspace(-3, 3, entries, dtype=np.float32)
+  options = {} if name == "ternary" else {"mode": "affine"}
+  if name == "ternary":
+    x = np.sign(x) * np.repeat(np.arange(1.0, 26.0, dtype=np.float32), 32)
+  got, payload = roundtrip(x, name, granularity=32, **options)
+  assert payload["scale"].shape == (-(-entries // 32),)
+  for start in range(0, entries, 32):
+    one, _ = roundtrip(x[start : start + 32], name, **options)
     np.testing.assert_array_equal(got[start : start + 32], one)
+
+
+@pytest.mark.parametrize("low, high, zero", [(0, 254, 127), (-8, 7, 3)])
+def test_codes_of_steps_however_far(low, high, zero):
+  """Clipped like whole numbers, where float32 holds none any more."""
+  far = np.float32(2.0) ** np.arange(0, 128)
+  near = np.arange(-300, 301, dtype=np.float32)
+  edge = np.float32(1.5 * 2**23) + near
+  steps = np.concatenate([near, edge, -edge, far, -far, [np.inf, -np.inf]])
+  grid = quantize.Grid(jnp.float32(1), jnp.float32(zero), low, high)
+  codes = jax.jit(quantize.to_codes)(jnp.float32(steps), grid)
+  want = np.clip(steps.astype(np.float64) + zero, low, high)
+  np.testing.assert_array_equal(codes, want)
+  assert quantize.to_codes(jnp.float32(jnp.nan), grid) == zero
 
 
 def test_bias_has_one_scale_even_per_channel():
