@@ -201,7 +201,12 @@ def run(
   want: federated_task.Arrays,
 ) -> Row:
   """One turn of a system: its row, the weights of its first round checked."""
-  resident = launch(*command(args, system, plan, folder))
+  try:
+    resident = launch(*command(args, system, plan, folder))
+  except SystemExit as failure:
+    # pfl's processes abort now and then as they end.
+    print(f"{failure}\n{system}: once more", file=sys.stderr)
+    resident = launch(*command(args, system, plan, folder))
   answer = json.loads((folder / "answer.json").read_text())
   found = np.load(folder / "answer.npz")
   error = federated_task.error(np.load(folder / "task.npz"), found, want)
@@ -317,13 +322,14 @@ def main() -> None:
     np.savez(folder / "task.npz", **task)  # type: ignore[arg-type]
     want = federated_task.expected(args.model, task)
     del task
+    turns = [("mpqfl_jax", plan) for plan in specs_of(args.plan)]
+    turns += [(peer, "") for peer in args.peers]
     for _ in range(args.repeats):
-      launch(*command(args, "peak", "", folder))
-      peaks.append(json.loads((folder / "peak.json").read_text()))
-      for plan in specs_of(args.plan):
-        rows.append(run(args, "mpqfl_jax", plan, folder, want))
-      for peer in args.peers:
-        rows.append(run(args, peer, "", folder, want))
+      for system, plan in turns:
+        # Beside every turn: the machine's speed may change in between.
+        launch(*command(args, "peak", "", folder))
+        peaks.append(json.loads((folder / "peak.json").read_text()))
+        rows.append(run(args, system, plan, folder, want))
   rows = merge(rows, max(peaks))
   print_table(rows)
   if args.json:
