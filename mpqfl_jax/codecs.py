@@ -98,6 +98,18 @@ def blockwise(
     # NaN: nothing seen yet.
     return jnp.full((2, blocks.number), jnp.nan, jnp.float32)
 
+  def fit(reference):
+    return numeric.fit(reference, blocks.axis, blocks.sizes)
+
+  def write(y, side, uniform):
+    codes = blocks.flat(numeric.encode(y, side, uniform))
+    return bitpack.parts(codes, levels)
+
+  if blocks.axis is not None:
+    # Or a block's scale would be found again for every entry, and entries
+    # written one by one.
+    fit, write = fusion.alone(fit), fusion.alone(write)
+
   def encode(seed, x, state):
     x = jnp.asarray(x, jnp.float32)
     random = numeric.rounding != "nearest"
@@ -109,18 +121,6 @@ def blockwise(
       known = jnp.where(jnp.isnan(state), seen, state)
       state = momentum * known + (1 - momentum) * seen
       reference = blocks.cut_extremes(known)
-
-    def fit(reference):
-      return numeric.fit(reference, blocks.axis, blocks.sizes)
-
-    def write(y, side, uniform):
-      codes = blocks.flat(numeric.encode(y, side, uniform))
-      return bitpack.parts(codes, levels)
-
-    if blocks.axis is not None:
-      # Or a block's scale would be found again for every entry, and entries
-      # written one by one.
-      fit, write = fusion.alone(fit), fusion.alone(write)
     side = fit(reference)
     side = {name: side[name].reshape(-1) for name in numeric.side}
     spread = {name: blocks.spread(value) for name, value in side.items()}
@@ -285,10 +285,13 @@ class Blocks(NamedTuple):
       sizes = np.full((rows, 1), granularity, np.float32)
       sizes[-1] -= padding
       cut = (rows, granularity)
-      # Pieces of blocks where whole blocks do not make two halves.
-      piece = math.gcd(granularity, entries // halves)
-      if padding == 0 and entries % halves == 0 and piece >= _LEAST_PIECE:
-        cut = (2, entries // piece // 2, piece)
+      if padding == 0 and entries % halves == 0:
+        # Pieces of blocks where whole blocks do not make two halves.
+        piece = granularity
+        if rows % halves:
+          piece = math.gcd(granularity, entries // halves)
+        if piece == granularity or piece >= _LEAST_PIECE:
+          cut = (2, entries // piece // 2, piece)
 
       def padded(x):
         return jnp.pad(x.reshape(-1), (0, padding))

@@ -86,7 +86,7 @@ def plan(
       # twice as fast as batched products of slices, as measured.
       fast = "xla" if size == 1 else "slices"
       conv = "winograd" if backend == "cpu" else fast
-    if conv not in layers.FORMS:
+    if not isinstance(conv, str) or conv not in layers.FORMS:
       raise errors.unknown_name("convolution form", str(conv), layers.FORMS)
     return Plan(name, size, conv, why)
 

@@ -1,14 +1,11 @@
 """A say in what XLA makes one loop of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-from typing import Any
 
 import jax
 from jax.experimental import xla_metadata
 from jax.extend import core
-
-from mpqfl_jax.types import Array
 
 
 def alone(fn: Callable) -> Callable:
@@ -16,16 +13,25 @@ def alone(fn: Callable) -> Callable:
 
   XLA would compute the former again for each use, or all of it in the latter's
   shape, whose loops it may not vectorise. A barrier does not help: XLA:CPU
-  drops it before it fuses.
+  drops it before it fuses. What `fn` calls that is compiled itself, as
+  `jnp.where` is, or stands alone, becomes a part of it; what has a derivative of
+  its own does not.
+
+  Outside of a compiled function, the result is compiled for each shape once:
+  to be made once, not anew for each call.
   """
 
-  def inlined(*args):
-    shape = jax.eval_shape(fn, *args)
-    program = jax.make_jaxpr(fn)(*args)
-    leaves = _evaluate(program.jaxpr, program.consts, jax.tree.leaves(args))
-    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+  @functools.wraps(fn)
+  def flat(*args):
+    program, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    leaves = jax.tree.leaves(args)
+    while any(map(_is_call, program.jaxpr.eqns)):
+      program = jax.make_jaxpr(core.jaxpr_as_fun(_opened(program)))(*leaves)
+    return jax.tree.unflatten(
+      jax.tree.structure(shape), core.jaxpr_as_fun(program)(*leaves)
+    )
 
-  compiled = jax.jit(inlined)
+  compiled = jax.jit(flat)
 
   @functools.wraps(fn)
   def call(*args):
@@ -35,27 +41,16 @@ def alone(fn: Callable) -> Callable:
   return call
 
 
-def _evaluate(
-  jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Array]
-) -> list[Array]:
-  """A program's results, what it calls that is compiled itself in place.
+def _is_call(equation: core.JaxprEqn) -> bool:
+  return "inline" in equation.params
 
-  `jnp.where` is such a call, which would stand alone, too.
-  """
-  values = dict(zip(jaxpr.constvars, consts, strict=True))
-  values.update(zip(jaxpr.invars, args, strict=True))
 
-  def read(atom):
-    return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-  for equation in jaxpr.eqns:
-    given = [read(atom) for atom in equation.invars]
-    if equation.primitive.name in ("jit", "pjit"):
-      inner = equation.params["jaxpr"]
-      results = _evaluate(inner.jaxpr, inner.consts, given)
-    else:
-      results = equation.primitive.bind(*given, **equation.params)
-      if not equation.primitive.multiple_results:
-        results = [results]
-    values.update(zip(equation.outvars, results, strict=True))
-  return [read(atom) for atom in jaxpr.outvars]
+def _opened(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
+  """The program, its calls marked for tracing to put what they do in place."""
+  equations = [
+    equation.replace(params=equation.params | {"inline": True})
+    if _is_call(equation)
+    else equation
+    for equation in program.jaxpr.eqns
+  ]
+  return core.ClosedJaxpr(program.jaxpr.replace(eqns=equations), program.consts)

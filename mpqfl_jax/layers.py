@@ -222,7 +222,11 @@ def _canonical_w(x: Array, y: Array, geometry: _Geometry) -> Array:
 
 
 def _winograd(wanted: str) -> Callable:
-  tiled = {"x": winograd.x, "w": winograd.w, "y": winograd.y}[wanted]
+  tiled = {
+    "x": winograd.input_gradient,
+    "w": winograd.kernel_gradient,
+    "y": winograd.convolve,
+  }[wanted]
   plain = {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y}[wanted]
 
   def compute(a, b, geometry):
@@ -234,7 +238,7 @@ def _winograd(wanted: str) -> Callable:
     cin = shapes["x"][-1] if wanted == "w" else shapes["w"][2]
     cout = shapes["y"][-1] if wanted == "w" else shapes["w"][3]
     tiling = None
-    precise = jnp.finfo(a.dtype).bits >= 32
+    precise = a.dtype in (jnp.float32, jnp.float64)
     if precise and not _few_channels(geometry.strides, cin, cout):
       tiling = winograd.tiling(
         geometry.size, geometry.pads, geometry.kernel, batch, (cin, cout)

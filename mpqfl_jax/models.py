@@ -336,7 +336,7 @@ def make(
     mean: [channels] float32, subtracted from images in [0, 1].
     std: [channels] float32, divided by.
     conv: the form of its convolutions, one of `layers.FORMS`; it changes speed
-      and float32 summation order, nothing else.
+      and float32 rounding, nothing else.
 
   Raises:
     UserError: no such model or form, or a module without the fields that are

@@ -30,7 +30,7 @@ from mpqfl_jax.types import Array
 # processors differ in whether they flush to zero.
 LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
-# Its last bit is 1, and so is that of every float32 within 2^22 of it.
+# Its last bit is worth 1, and so is that of every float32 within 2^22 of it.
 _ANCHOR = np.float32(1.5 * 2.0**23)
 # Arrays from this size on are reduced from so many slices, and in strips of at
 # most so many entries where two passes should find them in a core's cache.
@@ -213,8 +213,9 @@ def to_codes(steps: Array, grid: Grid) -> Array:
   # integers, float32 numbers above zero are in order, negative ones below them:
   # a clamp finds all that is too far. XLA's conversion would take five
   # operations an entry to look for NaN and for what is too large.
+  steps = jnp.asarray(steps, jnp.float32)
   origin = _ANCHOR + grid.zero_point
-  places = jnp.where(steps == steps, steps, 0.0) + origin
+  places = jnp.where(jnp.isnan(steps), 0.0, steps) + origin
   patterns = jax.lax.bitcast_convert_type(places, jnp.int32)
   anchor = int(_ANCHOR.view(np.int32))
   low, high = (

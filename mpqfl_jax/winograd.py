@@ -15,8 +15,10 @@ the tiles; points as Barabasz et al. 2020, Error Analysis and Improving the
 Accuracy of Winograd Convolution, finds them accurate.
 
 The points lie between -2 and 2 and there are at most eight: outputs and
-gradients are within 1e-5 of their length of exact ones, ten times the rounding
-of the definition in float32 (`tests/test_winograd.py` has the bounds).
+gradients are within 1e-5 of their length of exact ones, some ten times what
+rounding costs the definition in float32. It is spread over a tile, so that an
+output whose own inputs are all zero may be a rounding off zero, and an input
+that is not finite spoils its whole image.
 """
 
 import functools
@@ -207,7 +209,7 @@ def _kernel_matrix(plan: Tiling) -> np.ndarray:
 
 def _kernel(w: Array, plan: Tiling) -> Array:
   """[height, width, in, out] -> [points, in, out]."""
-  values = _all(_kernel_matrix(plan), w.reshape(-1, w[0, 0].size))
+  values = _all(_kernel_matrix(plan), w.reshape(-1, w.shape[2] * w.shape[3]))
   return values.reshape(plan.points, *w.shape[2:])
 
 
@@ -240,7 +242,7 @@ def _output_transposed(y: Array, plan: Tiling) -> Array:
   return _each(columns.output.T, y).reshape(plan.points, -1, channels)
 
 
-def y(x: Array, w: Array, plan: Tiling) -> Array:
+def convolve(x: Array, w: Array, plan: Tiling) -> Array:
   """The convolution.
 
   Args:
@@ -255,18 +257,35 @@ def y(x: Array, w: Array, plan: Tiling) -> Array:
   return _output(products, plan, x.shape[0])
 
 
-def x(w: Array, y: Array, plan: Tiling) -> Array:
-  """Its transpose in x: the gradient to the input from that of the output."""
+def input_gradient(w: Array, y: Array, plan: Tiling) -> Array:
+  """The transpose of `convolve` in its input.
+
+  Args:
+    w: [height, width, in, out].
+    y: [batch, height, width, out], the gradient to the output.
+    plan: of the convolution.
+
+  Returns:
+    [batch, height, width, in].
+  """
   products = _output_transposed(y, plan) @ jnp.swapaxes(_kernel(w, plan), 1, 2)
   return _signal_transposed(products, plan, y.shape[0])
 
 
-def w(x: Array, y: Array, plan: Tiling) -> Array:
-  """Its transpose in w: the gradient to the kernel."""
+def kernel_gradient(x: Array, y: Array, plan: Tiling) -> Array:
+  """The transpose of `convolve` in its kernel.
+
+  Args:
+    x: [batch, height, width, in].
+    y: [batch, height, width, out], the gradient to the output.
+    plan: of the convolution.
+
+  Returns:
+    [height, width, in, out].
+  """
   products = jnp.einsum(
     "pti,pto->pio", _signal(x, plan), _output_transposed(y, plan)
   )
   values = _all(_kernel_matrix(plan).T, products.reshape(plan.points, -1))
-  return values.reshape(
-    plan.rows.taps.shape[1], plan.columns.taps.shape[1], *products.shape[1:]
-  )
+  taps = (axis.taps.shape[1] for axis in plan)
+  return values.reshape(*taps, *products.shape[1:])

@@ -78,3 +78,13 @@ def test_padding_is_looked_at(levels):
         codes = bitpack.unpack(broken, count, levels, np)
         same = np.array_equal(codes, bitpack.unpack(packed, count, levels, np))
         assert not same or not bitpack.padding_is_zero(broken, count, levels)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_halves_pack_like_what_they_are_halves_of(levels):
+  count = 3 * bitpack.halves_of(levels) * 4
+  codes = codes_of(count, levels)
+  halves = codes.reshape(2, -1, 4)
+  want = bitpack.pack(codes, levels, np)
+  np.testing.assert_array_equal(bitpack.pack(halves, levels, np), want)
+  np.testing.assert_array_equal(bitpack.pack(jnp.asarray(halves), levels), want)

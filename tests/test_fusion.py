@@ -41,3 +41,25 @@ def test_it_can_be_differentiated_and_vectorised():
   x = jnp.array([-1.0, 2.0, 3.0])
   grads = jax.vmap(jax.grad(fusion.alone(square)))(x)
   np.testing.assert_array_equal(grads, [0.0, 4.0, 6.0])
+
+
+def test_what_stands_alone_inside_becomes_a_part():
+  inner = fusion.alone(lambda x: jnp.maximum(x, 0) + 1)
+  outer = fusion.alone(lambda x: inner(jnp.where(x > 1, x, 0.0)) * 2)
+  x = jnp.array([-1.0, 0.5, 3.0])
+  np.testing.assert_array_equal(outer(x), [2.0, 2.0, 8.0])
+  text = jax.jit(outer).lower(x).as_text()
+  assert text.count("call @") == 1
+
+
+def test_derivatives_of_ones_own_loops_and_no_arguments():
+  x = jnp.array([0.0, 2.0])
+  grads = jax.vmap(jax.grad(fusion.alone(lambda x: jax.nn.relu(x) * 3)))(x)
+  np.testing.assert_array_equal(grads, [0.0, 3.0])
+
+  def power(x, none):
+    assert none is None
+    return jax.lax.fori_loop(0, 3, lambda _, y: jnp.clip(y * x, -9, 9), x)
+
+  assert fusion.alone(power)(jnp.float32(1.5), None) == 1.5**4
+  assert fusion.alone(lambda: jnp.arange(3).sum())() == 3

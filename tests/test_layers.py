@@ -23,10 +23,16 @@ _CASES = [
 ]
 
 
-def test_the_cases_reach_tiles():
+# Channels in and out and kernel of a case that `winograd` computes in tiles.
+_TILED = (16, 32, (5, 5))
+
+
+def test_tiles_are_reached():
   """Or the tests of `winograd` would be those of `canonical`."""
-  channels, pads = (16, 32), ((2, 2), (2, 2))
-  assert winograd.tiling((9, 11), pads, (5, 5), 2, channels) is not None
+  cin, cout, kernel = _TILED
+  for size in ((9, 11), (8, 8)):
+    pads = ((2, 2), (2, 2))
+    assert winograd.tiling(size, pads, kernel, 2, (cin, cout)) is not None
 
 
 def _arrays(cin, cout, kernel):
@@ -72,7 +78,7 @@ def test_equals_xla(form, cin, cout, kernel, strides, padding):
 @pytest.mark.parametrize("form", list(layers.FORMS))
 def test_vmap_over_kernels_equals_a_loop(form):
   conv = layers.convolution(form)
-  x, w = _arrays(16, 16, (3, 3))
+  x, w = _arrays(*_TILED)
   kernels = jnp.stack([w, 2 * w, -w])
 
   def one(w):
@@ -116,8 +122,9 @@ def _hlo_convolutions(fn, *args):
 @pytest.mark.parametrize("form", ["winograd", "canonical", "planes", "slices"])
 @pytest.mark.parametrize("channels", [4, 16])
 def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
-  net = nn.Conv(channels, (3, 3), conv_general_dilated=layers.convolution(form))
-  x = jnp.zeros((5, 2, 8, 8, channels))
+  shape = (2 * channels, (5, 5))
+  net = nn.Conv(*shape, conv_general_dilated=layers.convolution(form))
+  x = jax.random.normal(jax.random.key(1), (5, 2, 8, 8, channels))
   variables = jax.vmap(lambda k: net.init(k, x[0]))(
     jax.random.split(jax.random.key(0), 5)
   )
@@ -127,7 +134,7 @@ def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
 
   grads = jax.vmap(jax.grad(loss, (0, 1)))
   assert set(_hlo_convolutions(grads, variables, x)) <= {1}
-  plain = nn.Conv(channels, (3, 3))
+  plain = nn.Conv(*shape)
 
   def plain_loss(variables, x):
     return jnp.sum(plain.apply(variables, x) ** 2)
@@ -137,15 +144,25 @@ def test_vmap_over_kernels_makes_no_grouped_convolution(form, channels):
   _assert_close(jax.jit(grads)(variables, x), plain_grads(variables, x))
 
 
-@pytest.mark.parametrize("form", ["winograd", "canonical", "planes"])
-def test_derivatives_commute_with_vmap_and_with_each_other(form):
+@pytest.mark.parametrize(
+  "form, strides, sizes",
+  [
+    ("winograd", (1, 1), _TILED),
+    ("canonical", (2, 1), (3, 4, (3, 2))),
+    ("canonical", (1, 1), _TILED),
+    ("planes", (2, 1), (3, 4, (3, 2))),
+  ],
+)
+def test_derivatives_commute_with_vmap_and_with_each_other(
+  form, strides, sizes
+):
   conv, want = layers.convolution(form), lax.conv_general_dilated
-  x, w = _arrays(3, 4, (3, 2))
+  x, w = _arrays(*sizes)
   xs, ws = jnp.stack([x, -x]), jnp.stack([w, 2 * w])
 
   def loss(conv):
     def fn(x, w):
-      y = conv(x, w, (2, 1), "SAME", dimension_numbers=_NHWC)
+      y = conv(x, w, strides, "SAME", dimension_numbers=_NHWC)
       return jnp.sum(jnp.tanh(y))
 
     return fn

@@ -159,6 +159,52 @@ def test_groups_are_tensors_of_their_own(name, entries):
     np.testing.assert_array_equal(got[start : start + 32], one)
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "dither"])
+@pytest.mark.parametrize("name, entries", [("int4", 25 * 64), ("int8", 3 * 64)])
+def test_groups_in_pieces_round_at_random(name, entries, rounding):
+  """Both sides draw alike; every block stays within a step of its own scale."""
+  x = np.random.default_rng(2).standard_normal(entries).astype(np.float32)
+  x *= np.logspace(-3, 3, entries, dtype=np.float32)
+  leaf = precision.leaf_codec(
+    name, x.shape, {"granularity": 64, "rounding": rounding}
+  )
+  seeds = jax.random.bits(jax.random.key(0), (400, 2), jnp.uint32)
+
+  def trip(seed):
+    payload, _ = leaf.encode(seed, x, leaf.init())
+    return leaf.decode(payload), *leaf.bins(payload), payload["scale"]
+
+  got, lower, upper, _, scale = jax.jit(jax.vmap(trip))(seeds)
+  scale = np.repeat(np.asarray(scale[0], np.float64), 64)
+  reach = scale * (1.0 if rounding == "stochastic" else 0.5)
+  assert (np.abs(got - x) <= reach * 1.001).all()
+  assert ((lower <= x) & (x <= upper)).all()
+  # Of 400 means one a block in 10^7 lies so many standard errors off.
+  error = np.abs(np.asarray(got, np.float64).mean(0) - x)
+  assert (error < 6 * 0.5 * scale / np.sqrt(400)).all()
+
+
+def test_static_ranges_of_groups_and_channels():
+  """The second update meets the first one's ranges, block by block."""
+  rng = np.random.default_rng(3)
+  first = rng.uniform(-1, 1, (64, 25)).astype(np.float32)
+  for granularity, axis in (("channel", 0), (64, 1)):
+    shape = first.shape if axis == 0 else first.T.shape
+    x = first.reshape(shape)
+    x[0, :], x[:, 0] = 1.0, 1.0
+    factor = np.logspace(0, 2, 25, dtype=np.float32)
+    x = x * (factor if axis == 0 else factor[:, None])
+    leaf = precision.leaf_codec(
+      "int4", shape, {"granularity": granularity, "range": "static"}
+    )
+    seed = jnp.zeros(2, jnp.uint32)
+    _, state = leaf.encode(seed, x, leaf.init())
+    payload, _ = leaf.encode(seed, 3 * x, state)
+    got = np.asarray(leaf.decode(payload))
+    largest = np.abs(x).max(axis)
+    np.testing.assert_allclose(np.abs(got).max(axis), largest, rtol=1e-6)
+
+
 @pytest.mark.parametrize("low, high, zero", [(0, 254, 127), (-8, 7, 3)])
 def test_codes_of_steps_however_far(low, high, zero):
   """Clipped like whole numbers, where float32 holds none any more."""
@@ -166,11 +212,16 @@ def test_codes_of_steps_however_far(low, high, zero):
   near = np.arange(-300, 301, dtype=np.float32)
   edge = np.float32(1.5 * 2**23) + near
   steps = np.concatenate([near, edge, -edge, far, -far, [np.inf, -np.inf]])
-  grid = quantize.Grid(jnp.float32(1), jnp.float32(zero), low, high)
-  codes = jax.jit(quantize.to_codes)(jnp.float32(steps), grid)
-  want = np.clip(steps.astype(np.float64) + zero, low, high)
-  np.testing.assert_array_equal(codes, want)
-  assert quantize.to_codes(jnp.float32(jnp.nan), grid) == zero
+  # Zero points and ends as numbers of the program, or of an array of blocks.
+  zeros = np.array([[zero], [0]], np.float32)
+  grid = quantize.Grid(
+    jnp.ones((2, 1)), jnp.asarray(zeros), jnp.int32(low), jnp.int32(high)
+  )
+  both = np.stack([[*steps, np.nan]] * 2).astype(np.float32)
+  codes = jax.jit(quantize.to_codes)(both, grid)
+  want = np.clip(steps.astype(np.float64) + zeros, low, high)
+  np.testing.assert_array_equal(codes[:, :-1], want)
+  np.testing.assert_array_equal(codes[:, -1], zeros[:, 0])
 
 
 def test_bias_has_one_scale_even_per_channel():
