@@ -132,7 +132,7 @@ def markdown(rows: list[Row]) -> str:
   forms = list(dict.fromkeys(row["form"] for row in rows))
   first = forms[0]
   head = ["A convolution and its gradients", *(f"`{f}`, ms" for f in forms)]
-  head += [f"`{f}` as fast as `{first}`" for f in forms[1:]]
+  head += [f"`{f}` to `{first}`" for f in forms[1:]]
   head += [f"`{f}` off float64" for f in forms]
   table = [head, [":--", *["--:"] * (len(head) - 1)]]
   for case in dict.fromkeys(
@@ -144,7 +144,7 @@ def markdown(rows: list[Row]) -> str:
       if all(row[name] == value for name, value in case._asdict().items())
     }
     found = [of[form] for form in forms]
-    cells = [f"{1e3 * row['seconds']:.2g}" for row in found]
+    cells = [f"{1e3 * row['seconds']:.3g}" for row in found]
     cells += [
       f"{found[0]['seconds'] / row['seconds']:.1f} times" for row in found[1:]
     ]

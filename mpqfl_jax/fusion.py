@@ -14,8 +14,8 @@ def alone(fn: Callable) -> Callable:
   XLA would compute the former again for each use, or all of it in the latter's
   shape, whose loops it may not vectorise. A barrier does not help: XLA:CPU
   drops it before it fuses. What `fn` calls that is compiled itself, as
-  `jnp.where` is, or stands alone, becomes a part of it; what has a derivative of
-  its own does not.
+  `jnp.where` is, or stands alone, becomes a part of it; what has a derivative
+  of its own does not.
 
   Outside of a compiled function, the result is compiled for each shape once:
   to be made once, not anew for each call.
