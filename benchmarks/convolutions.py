@@ -8,6 +8,7 @@ gradients from it, as a share of their length, the largest of the three.
 """
 
 import argparse
+from collections.abc import Sequence
 import itertools
 import json
 import os
@@ -59,20 +60,34 @@ CASES = (
 )
 
 
-def exactly(x: np.ndarray, w: np.ndarray, d: np.ndarray) -> list[np.ndarray]:
-  """Output and both gradients by the definition, in float64."""
-  x, w, d = (a.astype(np.float64) for a in (x, w, d))
-  side, low = w.shape[0], (w.shape[0] - 1) // 2
-  pads = (low, side - 1 - low)
-  padded = np.pad(x, ((0, 0), pads, pads, (0, 0)))
-  size = x.shape[1]
+def exactly(
+  x: np.ndarray,
+  w: np.ndarray,
+  d: np.ndarray,
+  pads: Sequence[tuple[int, int]],
+) -> list[np.ndarray]:
+  """A convolution and its two gradients by the definition, in float64.
+
+  Args:
+    x: [batch, height, width, in].
+    w: [height, width, in, out].
+    d: [batch, height, width, out], the gradient to the output.
+    pads: (before, after) of height and width.
+
+  Returns:
+    The output and the gradients to x and w.
+  """
+  x, w, d = (np.asarray(a, np.float64) for a in (x, w, d))
+  padded = np.pad(x, ((0, 0), *pads, (0, 0)))
+  height, width = d.shape[1:3]
   y, gx, gw = np.zeros_like(d), np.zeros_like(padded), np.zeros_like(w)
-  for i, j in itertools.product(range(side), repeat=2):
-    cut = np.s_[:, i : i + size, j : j + size]
+  for i, j in itertools.product(*map(range, w.shape[:2])):
+    cut = np.s_[:, i : i + height, j : j + width]
     y += padded[cut] @ w[i, j]
     gx[cut] += d @ w[i, j].T
     gw[i, j] = np.tensordot(padded[cut], d, ((0, 1, 2), (0, 1, 2)))
-  return [y, gx[:, low : low + size, low : low + size], gw]
+  (top, _), (left, _) = pads
+  return [y, gx[:, top : top + x.shape[1], left : left + x.shape[2]], gw]
 
 
 def measure(
@@ -91,7 +106,8 @@ def measure(
     (*square, case.channels[1]),
   )
   x, w, d = (rng.standard_normal(shape, np.float32) for shape in shapes)
-  want = exactly(x, w, d)
+  low = (case.kernel - 1) // 2
+  want = exactly(x, w, d, [(low, case.kernel - 1 - low)] * 2)
   arrays = [jnp.asarray(a) for a in (x, w, d)]
   programs, rows = [], []
   for form in forms:
@@ -135,15 +151,10 @@ def markdown(rows: list[Row]) -> str:
   head += [f"`{f}` to `{first}`" for f in forms[1:]]
   head += [f"`{f}` off float64" for f in forms]
   table = [head, [":--", *["--:"] * (len(head) - 1)]]
-  for case in dict.fromkeys(
-    Case(**{name: row[name] for name in Case._fields}) for row in rows
+  for case, group in itertools.groupby(
+    rows, lambda row: Case(*(row[field] for field in Case._fields))
   ):
-    of = {
-      row["form"]: row
-      for row in rows
-      if all(row[name] == value for name, value in case._asdict().items())
-    }
-    found = [of[form] for form in forms]
+    found = list(group)
     cells = [f"{1e3 * row['seconds']:.3g}" for row in found]
     cells += [
       f"{found[0]['seconds'] / row['seconds']:.1f} times" for row in found[1:]

@@ -91,13 +91,14 @@ def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
   halves = codes
   if width_of(levels) == 16:
     return [codes.astype(xp.uint16)]
-  planes, group = (1, 1) if levels > 256 else _group(levels)
-  if levels <= 256 and planes == 1:
-    return [codes.astype(xp.uint8)]
-  codes = codes.reshape(-1)
   if levels > 256:
+    codes = codes.reshape(-1)
     low = (codes & 255).astype(xp.uint8)
     return [low, *parts(codes >> 8, high_levels(levels), xp)]
+  planes, group = _group(levels)
+  if planes == 1:
+    return [codes.astype(xp.uint8)]
+  codes = codes.reshape(-1)
   run = -(-codes.shape[0] // planes)
   if halves.ndim > 1 and planes % 2 == 0:
     # The shape of what is inside a run stays: no position is computed afresh.

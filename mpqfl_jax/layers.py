@@ -221,13 +221,16 @@ def _canonical_w(x: Array, y: Array, geometry: _Geometry) -> Array:
   return w.transpose(1, 2, 0, 3)
 
 
+_CANONICAL = {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y}
+
+
 def _winograd(wanted: str) -> Callable:
   tiled = {
     "x": winograd.input_gradient,
     "w": winograd.kernel_gradient,
     "y": winograd.convolve,
   }[wanted]
-  plain = {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y}[wanted]
+  plain = _CANONICAL[wanted]
 
   def compute(a, b, geometry):
     shapes = {
@@ -250,8 +253,8 @@ def _winograd(wanted: str) -> Callable:
 
 # form -> which of the three arrays is wanted -> how to compute it.
 _COMPUTE: dict[str, dict[str, Callable]] = {
-  "winograd": {role: _winograd(role) for role in ("x", "w", "y")},
-  "canonical": {"x": _canonical_x, "w": _canonical_w, "y": _canonical_y},
+  "winograd": {role: _winograd(role) for role in _CANONICAL},
+  "canonical": _CANONICAL,
   "planes": {"x": _planes_x, "w": _planes_w, "y": _planes_y},
 }
 

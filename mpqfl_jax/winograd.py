@@ -107,6 +107,14 @@ def _axis(size: int, pads: _Pair, kernel: int, tile: int) -> _Axis:
   return _Axis(tile, count, outputs, signal, taps, output)
 
 
+def _axes(size: int, pads: _Pair, kernel: int) -> list[_Axis]:
+  """One side in tiles of every length that there are points for."""
+  if kernel == 1 or size + sum(pads) < kernel:
+    return []
+  longest = len(_POINTS) + 2 - kernel
+  return [_axis(size, pads, kernel, tile) for tile in range(2, longest + 1)]
+
+
 class Tiling(NamedTuple):
   """How a plane is cut into tiles."""
 
@@ -143,14 +151,7 @@ def tiling(
     batch: images.
     channels: in and out.
   """
-  sides = [
-    [
-      _axis(*side, tile)
-      for tile in range(2, len(_POINTS) + 3 - side[2])
-      if side[2] > 1 and side[0] + sum(side[1]) - side[2] + 1 > 0
-    ]
-    for side in zip(size, pads, kernel, strict=True)
-  ]
+  sides = map(_axes, size, pads, kernel)
   product = 2 * channels[0] * channels[1]
 
   def cost(plan: Tiling) -> int:

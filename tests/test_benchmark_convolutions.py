@@ -32,7 +32,7 @@ def test_the_definition_by_hand():
   w[1, 1], w[0, 1] = 2, 1
   d = np.zeros((1, 3, 3, 1))
   d[0, 0, 0], d[0, 2, 1] = 1, 10
-  y, gx, gw = convolutions.exactly(x, w, d)
+  y, gx, gw = convolutions.exactly(x, w, d, [(1, 1)] * 2)
   # Twice the entry, and the one above it.
   assert y[0, ..., 0].tolist() == [[0, 2, 4], [6, 9, 12], [15, 18, 21]]
   assert gx[0, ..., 0].tolist() == [[2, 0, 0], [0, 10, 0], [0, 20, 0]]

@@ -137,19 +137,21 @@ def test_channels_are_tensors_of_their_own():
 
 
 @pytest.mark.parametrize(
-  "name, entries",
+  "name, entries, options",
   [
-    ("int3", 100),  # the last group is padded
-    ("int8", 96),  # three groups: packed in halves of one and a half
-    ("int4", 25 * 32),  # the same, two codes a byte
-    ("int2", 20 * 32),
-    ("ternary", 25 * 32),
+    ("int3", 100, {}),  # the last group is padded
+    ("int3", 100, {"mode": "affine"}),
+    # Three groups, packed in halves of one and a half.
+    ("int8", 96, {"mode": "affine"}),
+    ("int4", 25 * 32, {"mode": "affine"}),  # the same, two codes a byte
+    ("int2", 20 * 32, {"mode": "affine"}),
+    ("ternary", 25 * 32, {}),
   ],
 )
-def test_groups_are_tensors_of_their_own(name, entries):
+def test_groups_are_tensors_of_their_own(name, entries, options):
   x = np.random.default_rng(1).standard_normal(entries).astype(np.float32)
-  x *= np.logspace(-3, 3, entries, dtype=np.float32)
-  options = {} if name == "ternary" else {"mode": "affine"}
+  if options:
+    x *= np.logspace(-3, 3, entries, dtype=np.float32)
   if name == "ternary":
     x = np.sign(x) * np.repeat(np.arange(1.0, 26.0, dtype=np.float32), 32)
   got, payload = roundtrip(x, name, granularity=32, **options)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import convolutions
 from mpqfl_jax import datasets, layers, models, winograd
 
 # Every (tile, kernel) that there are points for.
@@ -42,21 +43,6 @@ def test_matrices_are_exact(tile, kernel):
     assert list(got) == want
 
 
-def _numpy(x, w, d, pads):
-  """Convolution of x and w, and the gradients of its product with d."""
-  x, w, d = (np.asarray(a, np.float64) for a in (x, w, d))
-  padded = np.pad(x, ((0, 0), *pads, (0, 0)))
-  height, width = d.shape[1:3]
-  y, gw, gx = np.zeros_like(d), np.zeros_like(w), np.zeros_like(padded)
-  for i, j in itertools.product(*map(range, w.shape[:2])):
-    cut = np.s_[:, i : i + height, j : j + width]
-    y += padded[cut] @ w[i, j]
-    gx[cut] += d @ w[i, j].T
-    gw[i, j] = np.tensordot(padded[cut], d, ((0, 1, 2), (0, 1, 2)))
-  (top, _), (left, _) = pads
-  return y, gx[:, top : top + x.shape[1], left : left + x.shape[2]], gw
-
-
 def _distance(got, want):
   got = np.asarray(got, np.float64)
   assert got.shape == want.shape
@@ -76,7 +62,7 @@ def test_value_and_gradients_equal_the_definition(
   x = jax.nn.relu(jax.random.normal(keys[0], (batch, *size, channels[0])))
   w = jax.random.normal(keys[1], (*kernel, *channels))
   d = jax.random.normal(keys[2], (batch, *outputs, channels[1]))
-  want = _numpy(x, w, d, pads)
+  want = convolutions.exactly(x, w, d, pads)
   got = jax.jit(
     lambda x, w, d: (
       winograd.convolve(x, w, plan),
@@ -106,7 +92,7 @@ def test_rounding_stays_near_that_of_the_definition(tile, kernel):
   kernels = np.einsum("ai,bj,ijc->abc", taps, taps, w, optimize=True)
   products = (values * kernels).sum(-1)
   got = np.einsum("ia,jb,nab->nij", output, output, products, optimize=True)
-  want, _, _ = _numpy(
+  want, _, _ = convolutions.exactly(
     x, w[..., None], np.zeros((200, tile, tile, 1)), ((0, 0), (0, 0))
   )
   distance = _distance(got[..., None], want)
