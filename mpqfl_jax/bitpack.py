@@ -54,19 +54,25 @@ def high_levels(levels: int) -> int:
   return ((levels - 1) >> 8) + 1
 
 
-def halves_of(levels: int) -> int:
-  """What a length must be a multiple of, so that `pack` takes halves of it."""
-  planes = 1 if levels > 256 else _group(levels)[0]
-  return planes if planes % 2 == 0 else 2
+def rows_of(levels: int) -> tuple[int, int]:
+  """How codes are best cut for `pack`.
+
+  Returns:
+    How many rows, and what their number of codes must be a multiple of. Rows of
+    codes that share a byte compile to better loops: five of three-valued codes,
+    else two halves, of at most eight codes.
+  """
+  if levels == 3:
+    return TRITS, TRITS
+  return 2, 2 if levels > 256 else max(_group(levels)[0], 2)
 
 
 def pack(codes: Codes, levels: int, xp: ModuleType = jnp) -> Codes:
   """Packs codes into bytes.
 
   Args:
-    codes: [count] integers from 0, below `levels`; or the same entries as
-      [2, n, ...] with 2 n a multiple of `halves_of(levels)`, which compiles to
-      better loops.
+    codes: integers from 0, below `levels`, `count` of them in any shape; best
+      in `rows_of(levels)`.
     levels: how many different codes there are, 2 to 65536.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
 
@@ -88,24 +94,23 @@ def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
   In a loop over a flat result, the compiler would compute where in a block each
   entry lies, and vectorise nothing.
   """
-  halves = codes
   if width_of(levels) == 16:
     return [codes.astype(xp.uint16)]
   if levels > 256:
-    codes = codes.reshape(-1)
     low = (codes & 255).astype(xp.uint8)
     return [low, *parts(codes >> 8, high_levels(levels), xp)]
   planes, group = _group(levels)
   if planes == 1:
     return [codes.astype(xp.uint8)]
-  codes = codes.reshape(-1)
-  run = -(-codes.shape[0] // planes)
-  if halves.ndim > 1 and planes % 2 == 0:
+  rows, multiple = rows_of(levels)
+  is_cut = codes.ndim > 1 and codes.shape[0] == rows
+  if is_cut and rows * codes.shape[1] % multiple == 0:
     # The shape of what is inside a run stays: no position is computed afresh.
-    rows = halves.shape[1] // (planes // 2)
-    cut = halves.reshape(2, planes // 2, rows, *halves.shape[2:])
-    runs = [cut[i, j] for i in range(2) for j in range(planes // 2)]
+    cut = codes.reshape(planes, -1, *codes.shape[2:])
+    runs = [cut[i] for i in range(planes)]
   else:
+    codes = codes.reshape(-1)
+    run = -(-codes.shape[0] // planes)
     codes = xp.pad(codes, (0, run * planes - codes.shape[0]))
     runs = [codes[i * run : (i + 1) * run] for i in range(planes)]
   if levels == 3:

@@ -123,7 +123,7 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   Returns:
     The payload of `leaf`.
   """
-  x = jnp.asarray(x, jnp.float32).reshape(codecs.halved(x.size))
+  x = jnp.asarray(x, jnp.float32).reshape(codecs.in_rows(x.size, levels=256))
   stochastic = menu.rounding == "stochastic"
   uniform = codecs.draws(seed, x.shape) if stochastic else None
   kind, low, levels = (

@@ -83,7 +83,7 @@ def blockwise(
   if count == 0:
     return empty(shape)
   levels = numeric.levels
-  blocks = Blocks.of(shape, granularity, bitpack.halves_of(levels))
+  blocks = Blocks.of(shape, granularity, levels)
   dither = numeric.rounding == "dither"
 
   fields = fields_of(numeric, count, blocks.number)
@@ -102,7 +102,7 @@ def blockwise(
     return numeric.fit(reference, blocks.axis, blocks.sizes)
 
   def write(y, side, uniform):
-    codes = blocks.flat(numeric.encode(y, side, uniform))
+    codes = flat(numeric.encode(y, side, uniform), count)
     return bitpack.parts(codes, levels)
 
   if blocks.axis is not None:
@@ -236,7 +236,6 @@ class Blocks(NamedTuple):
       where need be.
     cut_extremes: [2, number] -> `whole` with two entries a block.
     uniform: seed -> draws for stochastic rounding, like the cut array.
-    flat: cut array -> [entries], or as `bitpack.pack` takes it.
     join: cut array -> [shape].
     spread: [number] -> array that broadcasts against the cut array.
   """
@@ -248,23 +247,22 @@ class Blocks(NamedTuple):
   cut: Callable[[Array], Array]
   cut_extremes: Callable[[Array], Array]
   uniform: Callable[[Array], Array]
-  flat: Callable[[Array], Array]
   join: Callable[[Array], Array]
   spread: Callable[[Array], Array]
 
   @classmethod
-  def of(cls, shape: Shape, granularity: str | int, halves: int) -> "Blocks":
+  def of(cls, shape: Shape, granularity: str | int, levels: int) -> "Blocks":
     """Blocks of a leaf; see `blockwise` for `granularity`.
 
     Args:
       shape: the leaf's.
       granularity: what shares side information.
-      halves: as `bitpack.halves_of`.
+      levels: how many codes there are.
     """
     entries = math.prod(shape)
     if granularity == "channel" and len(shape) > 1:
       channels = shape[-1]
-      cut = halved(entries // channels, channels)
+      cut = in_rows(entries // channels, levels, channels)
       axis = tuple(range(len(cut) - 1))
       side = (*[1] * len(axis), channels)
       return cls(
@@ -275,7 +273,6 @@ class Blocks(NamedTuple):
         cut=lambda x: x.reshape(cut),
         cut_extremes=lambda extremes: extremes.reshape(2, *side[1:]),
         uniform=lambda seed: draws(seed, cut),
-        flat=lambda y: flat(y, entries),
         join=lambda y: y.reshape(shape),
         spread=lambda sent: sent.reshape(side),
       )
@@ -285,13 +282,12 @@ class Blocks(NamedTuple):
       sizes = np.full((rows, 1), granularity, np.float32)
       sizes[-1] -= padding
       cut = (rows, granularity)
-      if padding == 0 and entries % halves == 0:
-        # Pieces of blocks where whole blocks do not make two halves.
-        piece = granularity
-        if rows % halves:
-          piece = math.gcd(granularity, entries // halves)
+      packed_rows, multiple = bitpack.rows_of(levels)
+      if padding == 0 and entries % multiple == 0:
+        # Pieces of blocks where whole blocks do not make such rows.
+        piece = math.gcd(granularity, entries // multiple)
         if piece == granularity or piece >= _LEAST_PIECE:
-          cut = (2, entries // piece // 2, piece)
+          cut = (packed_rows, entries // piece // packed_rows, piece)
 
       def padded(x):
         return jnp.pad(x.reshape(-1), (0, padding))
@@ -303,14 +299,13 @@ class Blocks(NamedTuple):
         whole=lambda x: padded(x).reshape(rows, granularity),
         cut=lambda x: padded(x).reshape(cut),
         cut_extremes=lambda extremes: extremes.T,
-        uniform=lambda seed: draws(seed, cut, halves),
-        flat=lambda y: flat(y, entries, halves),
+        uniform=lambda seed: draws(seed, cut),
         join=lambda y: y.reshape(-1)[:entries].reshape(shape),
         spread=lambda sent: jnp.repeat(sent, granularity // cut[-1]).reshape(
           *cut[:-1], 1
         ),
       )
-    cut = halved(entries)
+    cut = in_rows(entries, levels)
     return cls(
       number=1,
       axis=None,
@@ -319,33 +314,32 @@ class Blocks(NamedTuple):
       cut=lambda x: x.reshape(cut),
       cut_extremes=lambda extremes: extremes.reshape(-1),
       uniform=lambda seed: draws(seed, cut),
-      flat=lambda y: flat(y, entries),
       join=lambda y: y.reshape(shape),
       spread=lambda sent: sent.reshape(1),
     )
 
 
-def halved(lead: int, *rest: int) -> Shape:
-  """[lead, *rest], as two halves where `bitpack` packs them without padding."""
-  return (2, lead // 2, *rest) if lead % 8 == 0 else (lead, *rest)
+def in_rows(lead: int, levels: int, *rest: int) -> Shape:
+  """[lead, *rest], in the rows that `bitpack` packs best where it can be.
+
+  In halves of eight codes, however few would do: draws must not depend on the
+  width of codes, which `choice` does not know.
+  """
+  rows, _ = bitpack.rows_of(levels)
+  multiple = 8 if rows == 2 else rows
+  return (lead, *rest) if lead % multiple else (rows, lead // rows, *rest)
 
 
-def draws(seed: Array, cut: Shape, halves: int = 8) -> Array:
-  """Draws for the rounding of an array, as halves where it is `is_halved`."""
-  if not is_halved(cut, halves):
+def draws(seed: Array, cut: Shape) -> Array:
+  """Draws for the rounding of an array: for two halves, two of every hash."""
+  if len(cut) == 1 or cut[0] != 2:
     return counter.uniform(seed, cut)
   return counter.uniform_halves(seed, math.prod(cut)).reshape(cut)
 
 
-def flat(codes: Array, entries: int, halves: int = 8) -> Array:
-  """Codes as `bitpack.pack` takes them: halves, or without the padding."""
-  whole = codes.size == entries and is_halved(codes.shape, halves)
-  return codes if whole else codes.reshape(-1)[:entries]
-
-
-def is_halved(cut: Shape, halves: int = 8) -> bool:
-  """Whether a shape is of two halves, each a multiple of half of `halves`."""
-  return len(cut) > 1 and cut[0] == 2 and 2 * cut[1] % halves == 0
+def flat(y: Array, entries: int) -> Array:
+  """The first entries of an array, which keeps its shape if they are all."""
+  return y if y.size == entries else y.reshape(-1)[:entries]
 
 
 def float32(shape: Shape) -> LeafCodec:

@@ -6,6 +6,8 @@ adversary sees it.
 """
 
 from collections.abc import Callable
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -21,6 +23,9 @@ MODES = ("symmetric", "affine")
 
 # Slack of the certain intervals for the rounding of float32 itself.
 SLACK = np.float32(2.0**-21)
+
+# Arrays from this size on are summed in so many slices.
+_LARGE, _SLICES = 2**20, 16
 
 Side = dict[str, Array]
 
@@ -141,9 +146,8 @@ def ternary(clip: float = 2.5) -> Numerics:
 
   def fit(y, axis, sizes):
     largest = _largest(y, axis)
-    unit = quantize.finite(y) / largest
-    mean = jnp.sum(unit, axis, keepdims=True) * (1 / sizes)
-    square = jnp.sum(unit * unit, axis, keepdims=True) * (1 / sizes)
+    mean = _sum(lambda unit: unit, y, largest, axis) * (1 / sizes)
+    square = _sum(jnp.square, y, largest, axis) * (1 / sizes)
     deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0.0))
     # A constant block has no deviation to clip by.
     limit = jnp.where(deviation > 0, clip * deviation, 1.0)
@@ -182,8 +186,7 @@ def qsgd(levels: int = 7, norm: str = "l2") -> Numerics:
     largest = _largest(y, axis)
     length = largest
     if norm == "l2":
-      unit = quantize.finite(y) / largest
-      square = jnp.sum(unit * unit, axis, keepdims=True)
+      square = _sum(jnp.square, y, largest, axis)
       length = jnp.minimum(largest * jnp.sqrt(square), quantize.LARGEST)
     scale = jnp.maximum(length * (1 / levels), quantize.SMALLEST)
     return quantize.Grid(scale, jnp.zeros_like(scale), -levels, levels)
@@ -242,8 +245,8 @@ def _linear(
   def encode(y, side, uniform):
     grid = grid_of(side)
     if rounding == "dither":
-      steps = jnp.round(y * (1 / grid.scale) + (uniform - 0.5))
-      return quantize.to_codes(steps, grid)
+      steps = quantize.known(y) * (1 / grid.scale) + (uniform - 0.5)
+      return quantize.to_codes(jnp.round(steps), grid)
     return quantize.quantize(y, grid, uniform, wide=levels > 256)
 
   def decode(codes, side, uniform):
@@ -376,10 +379,9 @@ def sign(unbiased: bool = False) -> Numerics:
 
   def fit(y, axis, sizes):
     largest = _largest(y, axis)
-    unit = quantize.finite(y) / largest
-    total = jnp.sum(jnp.abs(unit), axis, keepdims=True)
+    total = _sum(jnp.abs, y, largest, axis)
     if unbiased:
-      square = jnp.sum(unit * unit, axis, keepdims=True)
+      square = _sum(jnp.square, y, largest, axis)
       return {"scale": largest * square / jnp.maximum(total, 1e-30)}
     return {"scale": largest * (total * (1 / sizes))}
 
@@ -532,6 +534,26 @@ def _between(
 
 def _largest(y: Array, axis: quantize.Axis) -> Array:
   return jnp.maximum(quantize.largest_magnitude(y, axis), quantize.SMALLEST)
+
+
+def _sum(
+  fn: Callable[[Array], Array], y: Array, largest: Array, axis: quantize.Axis
+) -> Array:
+  """The sum along `axis` (kept) of `fn` of entries as shares of the largest."""
+
+  def terms(y):
+    return fn(quantize.finite(y) * (1 / largest))
+
+  if axis is not None or y.size < _LARGE or y.size % _SLICES:
+    return jnp.sum(terms(y), axis, keepdims=True)
+  # Slices side by side: XLA:CPU would store the terms of a sum of all.
+  slices = y.reshape(_SLICES, -1)
+  largest = largest.reshape(())
+  part = functools.reduce(operator.add, map(terms, slices))
+  # The selection changes nothing, but ends the loop: XLA:CPU would hand all it
+  # finds before the last sum to a library, piece by piece.
+  total = jnp.sum(quantize.known(part))
+  return total.reshape((1,) * y.ndim)
 
 
 def _exponent_above(scale: Array) -> Array:

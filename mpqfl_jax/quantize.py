@@ -14,8 +14,7 @@ represented exactly.
 [-4, 0, 1, 7]
 """
 
-from collections.abc import Callable
-import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -32,11 +31,9 @@ LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
 # Its last bit is worth 1, and so is that of every float32 within 2^22 of it.
 _ANCHOR = np.float32(1.5 * 2.0**23)
-# Arrays from this size on are reduced from so many slices, and in strips of at
-# most so many entries where two passes should find them in a core's cache.
-_LARGE, _SLICES, _STRIP = 2**20, 16, 8192
-# Shorter strips leave the inner loop no vectors to fill.
-_LEAST_STRIP = 64
+# Arrays from this size on are reduced in so many rows; along leading axes, at
+# most so few rows are reduced at a time.
+_LARGE, _ROWS, _FEW = 2**20, 16, 32
 
 # What runs along a block: one axis, several, or all.
 Axis = int | tuple[int, ...] | None
@@ -69,67 +66,93 @@ def largest_magnitude(x: Array, axis: Axis = None) -> Array:
   Where an entry is not finite it is 2^126, so that in such an update little
   else survives.
   """
-  if axis is None and _is_large(x):
-    # One loop over slices side by side, which leaves little to reduce: on a CPU
-    # the reduction of all magnitudes takes up to twice as long.
-    part = _largest_of(jnp.abs, x.reshape(_SLICES, -1))
-    magnitude = jnp.max(part, keepdims=True).reshape((1,) * x.ndim)
-    return jnp.minimum(magnitude, LARGEST)
-  magnitude = jnp.max(jnp.abs(x), axis, keepdims=True)
-  # Mending the result, not the entries: a reduction of selections runs at a
-  # quarter of the speed.
-  return jnp.where(
-    _all_finite(x, axis), jnp.minimum(magnitude, LARGEST), LARGEST
-  )
+  if not _is_leading(axis, x.ndim):
+    bottom, top = extremes(x, axis)
+    return jnp.maximum(-bottom, top)
+  parts, axes, kept = _parts(x, axis)
+  # Without their sign, patterns are in the order of magnitudes.
+  found = _numbers(jnp.max(_patterns(parts) & 0x7FFFFFFF, axes))
+  found = jnp.where(found < jnp.inf, jnp.minimum(found, LARGEST), LARGEST)
+  return jnp.max(found, 0).reshape(kept)
 
 
 def extremes(x: Array, axis: Axis = None) -> tuple[Array, Array]:
-  """Smallest and largest entry along `axis`, within ±2^126.
+  """Smallest and largest entry along `axis` (kept, of length 1), within ±2^126.
 
   Where an entry is not finite they are -2^126 and 2^126.
   """
-  strip = _strip(x) if axis is None and _is_large(x) else 1
-  if strip >= _LEAST_STRIP:
-    # Both ends as maxima in one loop, strip by strip: the second of the two
-    # passes over a strip finds it in the cache.
-    signs = jnp.array([-1.0, 1.0], jnp.float32)[:, None]
-    slices = x.reshape(_SLICES, -1, 1, strip)
-    part = _largest_of(lambda slice: slice * signs, slices)
-    ends = jnp.max(part, (0, 2)).reshape(2, *(1,) * x.ndim)
-    finite_ends = jnp.all(ends < jnp.inf)
-    bottom, top = -ends[0], ends[1]
+  parts, axes, kept = _parts(x, axis)
+  ordered = _ordered(_patterns(parts))
+  if _is_leading(axis, x.ndim):
+    ends = jnp.min(ordered, axes), jnp.max(ordered, axes)
   else:
-    finite_ends = _all_finite(x, axis)
-    bottom = jnp.min(x, axis, keepdims=True)
-    top = jnp.max(x, axis, keepdims=True)
-  return (
-    jnp.where(finite_ends, jnp.clip(bottom, -LARGEST, LARGEST), -LARGEST),
-    jnp.where(finite_ends, jnp.clip(top, -LARGEST, LARGEST), LARGEST),
-  )
+    # One reduction for both: of a reduction to one result, XLA:CPU makes many
+    # short ones, or calls a library whose maximum passes over NaN.
+    integers = np.iinfo(np.int32)
+    ends = jax.lax.reduce(
+      (ordered, ordered),
+      (np.int32(integers.max), np.int32(integers.min)),
+      lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+      axes,
+    )
+  bottom, top = (_numbers(_ordered(end)) for end in ends)
+  is_finite = (bottom > -jnp.inf) & (top < jnp.inf)
+  bottom = jnp.where(is_finite, jnp.clip(bottom, -LARGEST, LARGEST), -LARGEST)
+  top = jnp.where(is_finite, jnp.clip(top, -LARGEST, LARGEST), LARGEST)
+  return jnp.min(bottom, 0).reshape(kept), jnp.max(top, 0).reshape(kept)
 
 
-def _all_finite(x: Array, axis: Axis) -> Array:
-  # XLA's maximum of more than a few thousand entries passes over NaN on a CPU;
-  # a sum does not.
-  return jnp.sum(x * 0.0, axis, keepdims=True) == 0
+def _parts(
+  x: Array, axis: Axis
+) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
+  """Cuts an array into parts, in which its extremes are found first.
+
+  Args:
+    x: the array.
+    axis: what its extremes are wanted along.
+
+  Returns:
+    The array with parts along a first axis, the axes along which to reduce each
+    of them, and the shape of the result, `axis` kept.
+  """
+  axes = _axes(axis, x.ndim)
+  kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
+  if _is_leading(axis, x.ndim):
+    # Few rows at a time: of many, XLA:CPU would store a padded copy first.
+    rows = math.prod(x.shape[: len(axes)])
+    few = next((n for n in range(_FEW, 1, -1) if rows % n == 0), rows)
+    return x.reshape(-1, few, *x.shape[len(axes) :]), (1,), kept
+  if axis is None:
+    # Rows that the cores of a CPU share.
+    rows = math.gcd(x.size, _ROWS) if x.size >= _LARGE else 1
+    return x.reshape(rows, -1), (1,), kept
+  return x[None], tuple(i + 1 for i in axes), kept
 
 
-def _is_large(x: Array) -> bool:
-  return x.size >= _LARGE and x.size % _SLICES == 0
+def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+  axes = range(ndim) if axis is None else np.atleast_1d(axis)
+  return tuple(int(i) for i in axes)
 
 
-def _strip(x: Array) -> int:
-  """The longest strip into which the slices of `x` can be cut."""
-  length = x.size // _SLICES
-  return next(n for n in range(_STRIP, 0, -1) if length % n == 0)
+def _is_leading(axis: Axis, ndim: int) -> bool:
+  axes = _axes(axis, ndim)
+  return len(axes) < ndim and axes == tuple(range(len(axes)))
 
 
-def _largest_of(fn: Callable[[Array], Array], slices: Array) -> Array:
-  """The largest of `fn` of the slices along the first axis, inf for NaN."""
-  # Slices first: XLA would store what came before them.
-  part = functools.reduce(jnp.maximum, [fn(slices[i]) for i in range(_SLICES)])
-  # Mended here, so that the loop ends here.
-  return jnp.where(part < jnp.inf, part, jnp.inf)
+def _patterns(x: Array) -> Array:
+  return jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32), jnp.int32)
+
+
+def _numbers(patterns: Array) -> Array:
+  return jax.lax.bitcast_convert_type(patterns, jnp.float32)
+
+
+def _ordered(patterns: Array) -> Array:
+  """Patterns of float32 numbers to integers in the same order, and back, int32.
+
+  NaN comes below all numbers or above all.
+  """
+  return patterns ^ ((patterns >> 31) & 0x7FFFFFFF)
 
 
 def symmetric_grid(x: Array, axis: Axis, high: Array | float) -> Grid:
@@ -200,28 +223,37 @@ def quantize(
   """
   # The compiler makes this product of a division by one number, but not of one
   # by many; written out, both give the same codes.
-  steps = x * (1 / grid.scale)
+  steps = known(x) * (1 / grid.scale)
   if uniform is None or wide:
     return to_codes(round_to_integer(steps, uniform), grid)
   # Below 256 steps the sum is as good as `steps`; see `counter.uniform`.
   return to_codes(jnp.floor(steps + uniform), grid)
 
 
+def known(x: Array) -> Array:
+  """Maps NaN to 0.
+
+  Before anything else is computed from it: of a selection of a constant
+  followed by other constants, the compiler makes one of bytes at the end, which
+  takes a CPU as long as all the rest.
+  """
+  return jnp.where(jnp.isnan(x), 0.0, x)
+
+
 def to_codes(steps: Array, grid: Grid) -> Array:
-  """The codes of rounded multiples of the scale, int32; NaN becomes zero."""
+  """The codes of rounded multiples of the scale other than NaN, int32."""
   # The sum of an integer and the anchor holds it in its last bits, and read as
   # integers, float32 numbers above zero are in order, negative ones below them:
   # a clamp finds all that is too far. XLA's conversion would take five
   # operations an entry to look for NaN and for what is too large.
   steps = jnp.asarray(steps, jnp.float32)
-  origin = _ANCHOR + grid.zero_point
-  places = jnp.where(jnp.isnan(steps), 0.0, steps) + origin
-  patterns = jax.lax.bitcast_convert_type(places, jnp.int32)
-  anchor = int(_ANCHOR.view(np.int32))
-  low, high = (
-    jnp.asarray(e, jnp.int32) + anchor for e in (grid.low, grid.high)
-  )
-  return jax.lax.clamp(low, patterns, high) - anchor
+  low, high = (jnp.asarray(e, jnp.int32) for e in (grid.low, grid.high))
+  lowest = low + int(_ANCHOR.view(np.int32))
+  above = jnp.maximum(_patterns(steps + (_ANCHOR + grid.zero_point)), lowest)
+  # Unsigned: a compiler that sees bytes in it packs them as such.
+  above = jax.lax.bitcast_convert_type(above - lowest, jnp.uint32)
+  above = jnp.minimum(above, (high - low).astype(jnp.uint32))
+  return above.astype(jnp.int32) + low
 
 
 def dequantize(codes: Array, grid: Grid) -> Array:

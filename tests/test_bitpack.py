@@ -81,10 +81,13 @@ def test_padding_is_looked_at(levels):
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_halves_pack_like_what_they_are_halves_of(levels):
-  count = 3 * bitpack.halves_of(levels) * 4
-  codes = codes_of(count, levels)
-  halves = codes.reshape(2, -1, 4)
+def test_rows_pack_like_what_they_are_rows_of(levels):
+  rows, multiple = bitpack.rows_of(levels)
+  codes = codes_of(3 * multiple * 4, levels)
+  cut = codes.reshape(rows, -1, 4)
+  # In any other shape as well.
+  other = codes.reshape(-1, 4)
   want = bitpack.pack(codes, levels, np)
-  np.testing.assert_array_equal(bitpack.pack(halves, levels, np), want)
-  np.testing.assert_array_equal(bitpack.pack(jnp.asarray(halves), levels), want)
+  np.testing.assert_array_equal(bitpack.pack(cut, levels, np), want)
+  np.testing.assert_array_equal(bitpack.pack(jnp.asarray(cut), levels), want)
+  np.testing.assert_array_equal(bitpack.pack(other, levels, np), want)

@@ -75,12 +75,12 @@ def test_affine_is_tflite(bits, shift):
   assert np.abs(got - decoded).max() <= 1.01 * scale
 
 
-@pytest.mark.parametrize("odd", [None, np.nan, np.inf, -np.inf, -3e38])
+@pytest.mark.parametrize("odd", [None, np.nan, -np.nan, np.inf, -np.inf, -3e38])
 @pytest.mark.parametrize(
   "shape", [(50,), (9, 3000), (2, 2**19), (1024, 1040), (1048583,)]
 )
 def test_ranges_of_arrays(odd, shape):
-  """Small ones, large ones in strips or not, and one that cannot be cut."""
+  """Small ones, large ones in rows, and one that cannot be cut."""
   x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   bottom, top = x.min(), x.max()
   if odd is not None:
@@ -96,18 +96,32 @@ def test_ranges_of_arrays(odd, shape):
   assert [end.item() for end in ends] == [bottom, top]
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_ranges_of_rows_that_are_not_finite(axis):
-  x = np.random.default_rng(0).standard_normal((20, 20_000)).astype(np.float32)
-  x[3, 7] = np.nan
-  odd = {0: (0, 7), 1: (3, 0)}[axis]
-  expected = np.abs(x).max(axis, keepdims=True)
-  expected[odd] = quantize.LARGEST
+@pytest.mark.parametrize("odd", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+  "shape, axis",
+  [
+    ((20, 20_000), 0),
+    ((20, 20_000), 1),
+    ((20_000, 20), 0),
+    ((2, 320, 60), (0, 1)),
+    ((37, 11), 0),
+    ((5, 6, 7), 1),
+  ],
+)
+def test_ranges_along_axes_where_not_all_is_finite(odd, shape, axis):
+  """Of rows, of channels in parts or not, and of an axis in the middle."""
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  x -= np.float32(0.5)
+  bottom, top = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
+  x.ravel()[x.size // 3] = odd
+  is_odd = ~np.isfinite(x).all(axis, keepdims=True)
+  assert is_odd.sum() == 1
+  bottom = np.where(is_odd, -quantize.LARGEST, bottom)
+  top = np.where(is_odd, quantize.LARGEST, top)
+  found = jax.jit(lambda x: quantize.extremes(x, axis))(x)
+  np.testing.assert_array_equal(found, (bottom, top))
   found = jax.jit(lambda x: quantize.largest_magnitude(x, axis))(x)
-  np.testing.assert_array_equal(found, expected)
-  low, high = jax.jit(lambda x: quantize.extremes(x, axis))(x)
-  assert low[odd] == -quantize.LARGEST and high[odd] == quantize.LARGEST
-  assert np.isfinite(low).all() and np.isfinite(high).all()
+  np.testing.assert_array_equal(found, np.maximum(-bottom, top))
 
 
 def test_affine_by_hand():
@@ -219,11 +233,15 @@ def test_codes_of_steps_however_far(low, high, zero):
   grid = quantize.Grid(
     jnp.ones((2, 1)), jnp.asarray(zeros), jnp.int32(low), jnp.int32(high)
   )
-  both = np.stack([[*steps, np.nan]] * 2).astype(np.float32)
+  both = np.stack([steps] * 2).astype(np.float32)
   codes = jax.jit(quantize.to_codes)(both, grid)
   want = np.clip(steps.astype(np.float64) + zeros, low, high)
-  np.testing.assert_array_equal(codes[:, :-1], want)
-  np.testing.assert_array_equal(codes[:, -1], zeros[:, 0])
+  np.testing.assert_array_equal(codes, want)
+  # Of a scale of one, entries are the steps; NaN has the code of zero.
+  both = np.concatenate([both, np.full((2, 9), np.nan, np.float32)], 1)
+  codes = jax.jit(quantize.quantize)(both, grid)
+  np.testing.assert_array_equal(codes[:, :-9], want)
+  np.testing.assert_array_equal(codes[:, -9:], np.repeat(zeros, 9, 1))
 
 
 def test_bias_has_one_scale_even_per_channel():
