@@ -132,7 +132,11 @@ def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
 
 
 def unpack(
-  packed: Codes, count: int, levels: int, xp: ModuleType = jnp
+  packed: Codes,
+  count: int,
+  levels: int,
+  xp: ModuleType = jnp,
+  is_flat: bool = False,
 ) -> Codes:
   """Undoes `pack`.
 
@@ -141,6 +145,7 @@ def unpack(
     count: number of codes.
     levels: as in `pack`.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
+    is_flat: the codes keep this shape, for which other loops are faster.
 
   Returns:
     [count], uint8, or uint16 for more than 256 levels. Bytes that `pack` did
@@ -165,10 +170,13 @@ def unpack(
   width = width_of(levels)
   mask = np.uint8((1 << width) - 1)
   if group == 1:
+    shifts = (width * np.arange(planes)).astype(np.uint8)
+    if is_flat:
+      runs = [(packed >> shift) & mask for shift in shifts]
+      return xp.concatenate(runs)[:count]
     # Broadcasting, not one slice a run: compilers keep such a pass in one loop
     # with whatever shape the codes take next.
-    shifts = (width * np.arange(planes)).astype(np.uint8)[:, None]
-    return ((packed[None] >> shifts) & mask).reshape(-1)[:count]
+    return ((packed[None] >> shifts[:, None]) & mask).reshape(-1)[:count]
   groups = packed.reshape(group, -1)
   runs = []
   for i in range(planes):
@@ -178,6 +186,24 @@ def unpack(
         value = value | _shift(groups[byte], 8 * byte - i * width)
     runs.append(value & mask)
   return xp.concatenate(runs)[:count]
+
+
+def look_up(packed: Codes, count: int, levels: int, table: np.ndarray) -> Codes:
+  """[count], `table` [levels] at the codes that `unpack` would give."""
+  planes, group = _group(levels)
+  if group > 1:
+    return _at(table, unpack(packed, count, levels))
+  # At bytes, in a table a run: taking codes out of them costs a CPU as much as
+  # the rest.
+  every = np.arange(256, dtype=np.uint8)
+  codes = unpack(every, 256 * planes, levels, np)
+  first = 256 * np.arange(planes, dtype=np.int32)[:, None]
+  found = _at(table[np.minimum(codes, levels - 1)], packed[None] + first)
+  return found.reshape(-1)[:count]
+
+
+def _at(table: np.ndarray, index: Codes) -> Codes:
+  return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
 def padding_is_zero(packed: np.ndarray, count: int, levels: int) -> bool:

@@ -132,14 +132,20 @@ def blockwise(
     payload["codes"] = bitpack.join(write(blocks.cut(x), spread, uniform))
     return payload, state
 
-  def read(payload):
-    codes = blocks.cut(bitpack.unpack(payload["codes"], count, levels))
+  def read(payload, table=None):
+    packed = payload["codes"]
+    if table is None:
+      is_flat = blocks.number == 1 and len(shape) == 1
+      codes = bitpack.unpack(packed, count, levels, is_flat=is_flat)
+    else:
+      codes = bitpack.look_up(packed, count, levels, table)
+    codes = blocks.cut(codes)
     side = {name: blocks.spread(payload[name]) for name in numeric.side}
     uniform = blocks.uniform(payload["seed"]) if dither else None
     return codes, side, uniform
 
   def decode(payload):
-    return blocks.join(numeric.decode(*read(payload)))
+    return blocks.join(numeric.decode(*read(payload, numeric.table)))
 
   def bins(payload):
     codes, side, uniform = read(payload)

@@ -54,6 +54,7 @@ class Numerics(NamedTuple):
     decode: (codes, side, uniform) -> y; `uniform` only under dither.
     bins: (codes, side, uniform) -> (lower, upper, variance).
     valid: codes on the host -> whether an encoder can have written them.
+    table: [levels] float32, what `decode` is given in place of codes, or None.
   """
 
   name: str
@@ -66,6 +67,7 @@ class Numerics(NamedTuple):
   decode: Callable[[Array, Side, Array | None], Array]
   bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
   valid: Callable[[np.ndarray], bool]
+  table: np.ndarray | None = None
 
 
 def integer(
@@ -319,8 +321,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
     return jax.lax.bitcast_convert_type(value, code_type)
 
   def unscaled(codes):
-    value = jax.lax.bitcast_convert_type(codes.astype(code_type), fmt.dtype)
-    return value.astype(jnp.float32)
+    return quantize.from_format(codes.astype(code_type), fmt)
 
   def decode(codes, side, uniform):
     value = unscaled(codes)
@@ -463,14 +464,8 @@ def nf4() -> Numerics:
       for above, place in zip(found, (3, 2, 1, 0), strict=True)
     )
 
-  def decode(codes, side, uniform):
-    # A tree of selections; gathers are scalar code on a CPU.
-    level = list(NF4)
-    for bit in range(4):
-      odd = (codes >> bit) & 1 == 1
-      pairs = zip(level[1::2], level[::2], strict=True)
-      level = [jnp.where(odd, one, zero) for one, zero in pairs]
-    return level[0] * side["scale"]
+  def decode(values, side, uniform):
+    return values * side["scale"]
 
   def bins(codes, side, uniform):
     codes, scale = codes.astype(jnp.int32), side["scale"]
@@ -493,6 +488,7 @@ def nf4() -> Numerics:
     decode,
     bins,
     _between(0, 15),
+    NF4,
   )
 
 

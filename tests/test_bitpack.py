@@ -42,6 +42,11 @@ def test_device_equals_host(levels, count):
   packed = bitpack.pack(jnp.asarray(codes), levels)
   np.testing.assert_array_equal(packed, bitpack.pack(codes, levels, np))
   np.testing.assert_array_equal(bitpack.unpack(packed, count, levels), codes)
+  flat = bitpack.unpack(packed, count, levels, is_flat=True)
+  np.testing.assert_array_equal(flat, codes)
+  table = np.random.default_rng(1).standard_normal(levels).astype(np.float32)
+  found = bitpack.look_up(packed, count, levels, table)
+  np.testing.assert_array_equal(found, table[codes])
 
 
 def test_layout_by_hand():
