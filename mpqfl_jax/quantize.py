@@ -123,10 +123,13 @@ def _parts(
     few = next((n for n in range(_FEW, 1, -1) if rows % n == 0), rows)
     return x.reshape(-1, few, *x.shape[len(axes) :]), (1,), kept
   if axis is None:
-    # Rows that the cores of a CPU share.
-    rows = math.gcd(x.size, _ROWS) if x.size >= _LARGE else 1
-    return x.reshape(rows, -1), (1,), kept
+    return in_rows(x), (1,), kept
   return x[None], tuple(i + 1 for i in axes), kept
+
+
+def in_rows(x: Array) -> Array:
+  """[rows, n], of a large array rows that the cores of a CPU can share."""
+  return x.reshape(math.gcd(x.size, _ROWS) if x.size >= _LARGE else 1, -1)
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
