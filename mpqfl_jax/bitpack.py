@@ -57,10 +57,13 @@ def high_levels(levels: int) -> int:
 def rows_of(levels: int) -> tuple[int, int]:
   """How codes are best cut for `pack`.
 
+  Rows of codes that share bytes compile to better loops. Five of three-valued
+  codes share one; of others, halves hold as many of each byte. Halves are no
+  worse where none share one.
+
   Returns:
-    How many rows, and what their number of codes must be a multiple of. Rows of
-    codes that share a byte compile to better loops: five of three-valued codes,
-    else two halves, of at most eight codes.
+    rows: how many.
+    multiple: of what the number of all codes must be a multiple.
   """
   if levels == 3:
     return TRITS, TRITS
@@ -145,7 +148,7 @@ def unpack(
     count: number of codes.
     levels: as in `pack`.
     xp: `jax.numpy`, or `numpy` for arrays on the host.
-    is_flat: the codes keep this shape, for which other loops are faster.
+    is_flat: they are of a leaf with one axis, for which other loops are faster.
 
   Returns:
     [count], uint8, or uint16 for more than 256 levels. Bytes that `pack` did
@@ -189,21 +192,24 @@ def unpack(
 
 
 def look_up(packed: Codes, count: int, levels: int, table: np.ndarray) -> Codes:
-  """[count], `table` [levels] at the codes that `unpack` would give."""
+  """[count], `table` [levels] at the codes that `unpack` would give.
+
+  Codes of `levels` and above give the table's last entry.
+
+  Raises:
+    ValueError: not of 2, 3, 4, 9 to 16 or 129 to 256 levels.
+  """
   planes, group = _group(levels)
   if group > 1:
-    return _at(table, unpack(packed, count, levels))
+    raise ValueError(f"codes of {levels} levels share several bytes.")
   # At bytes, in a table a run: taking codes out of them costs a CPU as much as
   # the rest.
   every = np.arange(256, dtype=np.uint8)
   codes = unpack(every, 256 * planes, levels, np)
   first = 256 * np.arange(planes, dtype=np.int32)[:, None]
-  found = _at(table[np.minimum(codes, levels - 1)], packed[None] + first)
+  tables = jnp.asarray(table[np.minimum(codes, levels - 1)])
+  found = tables.at[packed[None] + first].get(mode="promise_in_bounds")
   return found.reshape(-1)[:count]
-
-
-def _at(table: np.ndarray, index: Codes) -> Codes:
-  return jnp.asarray(table).at[index].get(mode="promise_in_bounds")
 
 
 def padding_is_zero(packed: np.ndarray, count: int, levels: int) -> bool:

@@ -123,12 +123,19 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   Returns:
     The payload of `leaf`.
   """
-  x = jnp.asarray(x, jnp.float32).reshape(codecs.in_rows(x.size, levels=256))
-  stochastic = menu.rounding == "stochastic"
-  uniform = codecs.draws(seed, x.shape) if stochastic else None
+  x = jnp.asarray(x, jnp.float32)
+  x = x.reshape(codecs.shape_in_rows(x.size, levels=256))
   kind, low, levels = (
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
   )
+  stochastic = menu.rounding == "stochastic"
+  uniform = None
+  if stochastic:
+    # Three-valued codes lie in other rows, which are drawn for otherwise.
+    three = codecs.draws(seed, codecs.shape_in_rows(x.size, levels=3))
+    uniform = jnp.where(
+      levels == 3, three.reshape(x.shape), codecs.draws(seed, x.shape)
+    )
   low = low.astype(jnp.float32)
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)
   # Both grids depend on the extremes alone.

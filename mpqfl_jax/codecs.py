@@ -268,7 +268,7 @@ class Blocks(NamedTuple):
     entries = math.prod(shape)
     if granularity == "channel" and len(shape) > 1:
       channels = shape[-1]
-      cut = in_rows(entries // channels, levels, channels)
+      cut = shape_in_rows(entries // channels, levels, channels)
       axis = tuple(range(len(cut) - 1))
       side = (*[1] * len(axis), channels)
       return cls(
@@ -311,7 +311,7 @@ class Blocks(NamedTuple):
           *cut[:-1], 1
         ),
       )
-    cut = in_rows(entries, levels)
+    cut = shape_in_rows(entries, levels)
     return cls(
       number=1,
       axis=None,
@@ -325,11 +325,11 @@ class Blocks(NamedTuple):
     )
 
 
-def in_rows(lead: int, levels: int, *rest: int) -> Shape:
+def shape_in_rows(lead: int, levels: int, *rest: int) -> Shape:
   """[lead, *rest], in the rows that `bitpack` packs best where it can be.
 
-  In halves of eight codes, however few would do: draws must not depend on the
-  width of codes, which `choice` does not know.
+  Halves are of eight codes, however few would do: draws depend on them, and
+  `choice` draws for codes of any width at once.
   """
   rows, _ = bitpack.rows_of(levels)
   multiple = 8 if rows == 2 else rows
@@ -337,7 +337,7 @@ def in_rows(lead: int, levels: int, *rest: int) -> Shape:
 
 
 def draws(seed: Array, cut: Shape) -> Array:
-  """Draws for the rounding of an array: for two halves, two of every hash."""
+  """Draws for the rounding of an array: of two halves, two of every hash."""
   if len(cut) == 1 or cut[0] != 2:
     return counter.uniform(seed, cut)
   return counter.uniform_halves(seed, math.prod(cut)).reshape(cut)

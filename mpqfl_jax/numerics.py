@@ -24,9 +24,6 @@ MODES = ("symmetric", "affine")
 # Slack of the certain intervals for the rounding of float32 itself.
 SLACK = np.float32(2.0**-21)
 
-# Arrays from this size on are summed in so many slices.
-_LARGE, _SLICES = 2**20, 16
-
 Side = dict[str, Array]
 
 
@@ -150,9 +147,10 @@ def ternary(clip: float = 2.5) -> Numerics:
     largest = _largest(y, axis)
     mean = _sum(lambda unit: unit, y, largest, axis) * (1 / sizes)
     square = _sum(jnp.square, y, largest, axis) * (1 / sizes)
-    deviation = jnp.sqrt(jnp.maximum(square - mean * mean, 0.0))
-    # A constant block has no deviation to clip by.
-    limit = jnp.where(deviation > 0, clip * deviation, 1.0)
+    variance = square - mean * mean
+    # A constant block has no deviation to clip by but what rounding leaves.
+    varies = variance > square * np.float32(2.0**-16)
+    limit = clip * jnp.sqrt(jnp.where(varies, variance, np.inf))
     scale = largest * jnp.minimum(limit, 1.0)
     scale = jnp.maximum(scale, quantize.SMALLEST)
     return quantize.Grid(scale, jnp.zeros_like(scale), -1, 1)
@@ -247,7 +245,7 @@ def _linear(
   def encode(y, side, uniform):
     grid = grid_of(side)
     if rounding == "dither":
-      steps = quantize.known(y) * (1 / grid.scale) + (uniform - 0.5)
+      steps = quantize.without_nan(y) * (1 / grid.scale) + (uniform - 0.5)
       return quantize.to_codes(jnp.round(steps), grid)
     return quantize.quantize(y, grid, uniform, wide=levels > 256)
 
@@ -540,15 +538,14 @@ def _sum(
   def terms(y):
     return fn(quantize.finite(y) * (1 / largest))
 
-  if axis is not None or y.size < _LARGE or y.size % _SLICES:
+  if axis is not None:
     return jnp.sum(terms(y), axis, keepdims=True)
-  # Slices side by side: XLA:CPU would store the terms of a sum of all.
-  slices = y.reshape(_SLICES, -1)
+  # Rows side by side: XLA:CPU would store the terms of a sum of all.
   largest = largest.reshape(())
-  part = functools.reduce(operator.add, map(terms, slices))
+  part = functools.reduce(operator.add, map(terms, quantize.in_rows(y)))
   # The selection changes nothing, but ends the loop: XLA:CPU would hand all it
   # finds before the last sum to a library, piece by piece.
-  total = jnp.sum(quantize.known(part))
+  total = jnp.sum(quantize.without_nan(part))
   return total.reshape((1,) * y.ndim)
 
 

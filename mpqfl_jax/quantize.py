@@ -31,8 +31,8 @@ LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
 # Its last bit is worth 1, and so is that of every float32 within 2^22 of it.
 _ANCHOR = np.float32(1.5 * 2.0**23)
-# Arrays from this size on are reduced in so many rows; along leading axes, at
-# most so few rows are reduced at a time.
+# Arrays from this size on are reduced in at most so many rows; along leading
+# axes, rows are reduced so few at a time where their number allows.
 _LARGE, _ROWS, _FEW = 2**20, 16, 32
 
 # What runs along a block: one axis, several, or all.
@@ -57,7 +57,7 @@ class Grid(NamedTuple):
 def finite(x: Array) -> Array:
   """Maps NaN to 0 and saturates at ±2^126, so that every payload is valid."""
   x = jnp.asarray(x, jnp.float32)
-  return jnp.where(jnp.isnan(x), 0.0, jnp.clip(x, -LARGEST, LARGEST))
+  return without_nan(jnp.clip(x, -LARGEST, LARGEST))
 
 
 def largest_magnitude(x: Array, axis: Axis = None) -> Array:
@@ -128,13 +128,13 @@ def _parts(
 
 
 def in_rows(x: Array) -> Array:
-  """[rows, n], of a large array rows that the cores of a CPU can share."""
+  """[rows, n], one row, or of a large array rows that the cores can share."""
   return x.reshape(math.gcd(x.size, _ROWS) if x.size >= _LARGE else 1, -1)
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
   axes = range(ndim) if axis is None else np.atleast_1d(axis)
-  return tuple(int(i) for i in axes)
+  return tuple(sorted(int(i) % ndim for i in axes))
 
 
 def _is_leading(axis: Axis, ndim: int) -> bool:
@@ -203,7 +203,8 @@ def affine_grid(
   bottom, top = extremes(x, axis)
   bottom, top = jnp.minimum(bottom, 0.0), jnp.maximum(top, 0.0)
   steps = high - low - (1 if roomy else 0)
-  scale = jnp.maximum((top - bottom) * (1 / steps), SMALLEST)
+  # A reciprocal beyond would not be a normal number.
+  scale = jnp.clip((top - bottom) * (1 / steps), SMALLEST, LARGEST)
   exact = low - bottom / scale
   zero_point = jnp.ceil(exact) if roomy else jnp.round(exact)
   return Grid(scale, jnp.clip(zero_point, low, high), low, high)
@@ -226,19 +227,18 @@ def quantize(
   """
   # The compiler makes this product of a division by one number, but not of one
   # by many; written out, both give the same codes.
-  steps = known(x) * (1 / grid.scale)
+  steps = without_nan(x) * (1 / grid.scale)
   if uniform is None or wide:
     return to_codes(round_to_integer(steps, uniform), grid)
   # Below 256 steps the sum is as good as `steps`; see `counter.uniform`.
   return to_codes(jnp.floor(steps + uniform), grid)
 
 
-def known(x: Array) -> Array:
+def without_nan(x: Array) -> Array:
   """Maps NaN to 0.
 
-  Before anything else is computed from it: of a selection of a constant
-  followed by other constants, the compiler makes one of bytes at the end, which
-  takes a CPU as long as all the rest.
+  For before the arithmetic: compilers move a selection between it and a
+  constant to its end, to bytes, which takes a CPU as long as all the rest.
   """
   return jnp.where(jnp.isnan(x), 0.0, x)
 

@@ -26,17 +26,17 @@ _SECTIONS = 8
 
 
 def magnitude_threshold(x: Array, k: int) -> Array:
-  """The largest threshold that at least `k` magnitudes reach.
+  """A threshold that the `k` largest magnitudes and their ties reach.
 
   Args:
-    x: float32, finite, of any shape.
+    x: float32 within ±2^126, of any shape.
     k: 1 to x.size.
 
   Returns:
     [] int32: the bit pattern of the threshold. Patterns of non-negative floats
     are ordered as the floats are.
   """
-  # In eight sections, over and over: eight or nine passes that count, where a
+  # In eight sections, over and over: about nine passes that count, where a
   # sort takes as long as hundreds. Counts above several places take XLA:CPU no
   # longer than above one, of which it would make a ladder of short reductions.
   pattern = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
@@ -50,7 +50,7 @@ def magnitude_threshold(x: Array, k: int) -> Array:
   def narrow(state):
     low, high, reached = state
     width = high - low
-    # Of the product of the two, the quotient would overflow.
+    # width * section would overflow.
     parts = (
       width // _SECTIONS * section + width % _SECTIONS * section // _SECTIONS
     )
@@ -62,7 +62,7 @@ def magnitude_threshold(x: Array, k: int) -> Array:
       lambda a, b: [m + n for m, n in zip(a, b, strict=True)],
       (1,),
     )
-    counts = jnp.sum(jnp.stack(counts), 1)
+    counts = jnp.sum(jnp.stack(counts), 1, dtype=jnp.int32)
     # Counts decrease: so many places are reached by enough.
     last = jnp.sum(counts >= k)
     ends = jnp.concatenate([low[None], places, high[None]])

@@ -44,9 +44,22 @@ def test_device_equals_host(levels, count):
   np.testing.assert_array_equal(bitpack.unpack(packed, count, levels), codes)
   flat = bitpack.unpack(packed, count, levels, is_flat=True)
   np.testing.assert_array_equal(flat, codes)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 13, 16, 200, 256])
+def test_looking_up(levels):
+  """Whatever the bytes hold, those of codes beyond the last as well."""
   table = np.random.default_rng(1).standard_normal(levels).astype(np.float32)
-  found = bitpack.look_up(packed, count, levels, table)
-  np.testing.assert_array_equal(found, table[codes])
+  packed = np.arange(256, dtype=np.uint8)
+  count = 256 * 8 // bitpack.width_of(levels)
+  codes = bitpack.unpack(packed, count, levels, np)
+  found = bitpack.look_up(jnp.asarray(packed), len(codes), levels, table)
+  np.testing.assert_array_equal(found, table[np.minimum(codes, levels - 1)])
+
+
+def test_looking_up_needs_whole_bytes():
+  with pytest.raises(ValueError, match="several bytes"):
+    bitpack.look_up(jnp.zeros(3, jnp.uint8), 8, 8, np.zeros(8, np.float32))
 
 
 def test_layout_by_hand():

@@ -142,10 +142,11 @@ def test_expected_errors_are_those_of_the_codec(stochastic):
     )
 
 
+@pytest.mark.parametrize("size", [37, 40, 48, 100])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_choice_of_an_integer_equals_its_own_codec(rounding):
+def test_choice_of_an_integer_equals_its_own_codec(rounding, size):
   # One program for all options gives what the program of each gives.
-  x = jnp.asarray(np.random.default_rng(3).standard_normal(100), jnp.float32)
+  x = jnp.asarray(np.random.default_rng(3).standard_normal(size), jnp.float32)
   menu = choice.menu(budget.OPTIONS, rounding)
   chosen = choice.leaf(x.shape, menu)
   seed = jnp.array([1, 2], jnp.uint32)

@@ -13,13 +13,15 @@ from mpqfl_jax import defenses, precision, trees, types, wire
 PARAMS = {
   "conv1": {"bias": jnp.zeros(5), "kernel": jnp.zeros((3, 3, 7, 5))},
   "dense1": {"kernel": jnp.zeros((41, 10))},
+  # Cut in rows, as a whole and by channels.
+  "dense2": {"kernel": jnp.zeros((40, 16))},
   "empty": {"kernel": jnp.zeros((0, 3))},
   "scalar": {"temperature": jnp.float32(0)},
 }
 
 OPTIONS = {
-  "budget": {"bytes": 300},
-  "guarded": {"bytes": 600, "max_error": 0.05},
+  "budget": {"bytes": 500},
+  "guarded": {"bytes": 1000, "max_error": 0.05},
 }
 CASES = {
   **{name: (name, OPTIONS.get(name, {})) for name in precision.CODECS},

@@ -106,6 +106,10 @@ def test_ranges_of_arrays(odd, shape):
     ((2, 320, 60), (0, 1)),
     ((37, 11), 0),
     ((5, 6, 7), 1),
+    ((5, 6, 7), -1),
+    ((5, 6, 7), (0, -1)),
+    ((1, 50), -2),
+    ((1, 50), -1),
   ],
 )
 def test_ranges_along_axes_where_not_all_is_finite(odd, shape, axis):
@@ -221,7 +225,10 @@ def test_static_ranges_of_groups_and_channels():
     np.testing.assert_allclose(np.abs(got).max(axis), largest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("low, high, zero", [(0, 254, 127), (-8, 7, 3)])
+@pytest.mark.parametrize(
+  "low, high, zero",
+  [(0, 254, 127), (-8, 7, 3), (-32768, 32767, -5), (0, 65535, 32768)],
+)
 def test_codes_of_steps_however_far(low, high, zero):
   """Clipped like whole numbers, where float32 holds none any more."""
   far = np.float32(2.0) ** np.arange(0, 128)
@@ -267,7 +274,11 @@ def test_power_of_two_scale():
 
 
 def jitted(name, **options):
-  leaf = precision.leaf_codec(name, (SIZE,), options)
+  return jitted_of(SIZE, name, **options)
+
+
+def jitted_of(size, name, **options):
+  leaf = precision.leaf_codec(name, (size,), options)
 
   @jax.jit
   def run(x, seed):
@@ -563,6 +574,39 @@ def test_scalar_leaves(x):
     assert got.shape == () and np.isfinite(got)
     if abs(x) in (2.5, 3.0):
       np.testing.assert_allclose(got, x, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 8, 21, 41, 64, 1000])
+def test_ternary_does_not_clip_constants(size):
+  """Their deviation is what rounding leaves of it."""
+  run = jitted_of(size, "ternary")
+  for value in np.random.default_rng(size).uniform(-1, 1, 40):
+    x = np.full(size, value, np.float32)
+    np.testing.assert_allclose(run(x), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_infinities_keep_to_their_side(bits):
+  x = np.array([np.inf, 1.0, -1.0, np.nan, -np.inf], np.float32)
+  got, _ = roundtrip(x, f"int{bits}", mode="affine")
+  # Of one bit there is no code above zero, where the range is even.
+  assert got[0] >= (0 if bits == 1 else 0.6 * quantize.LARGEST)
+  assert got[-1] <= -0.9 * quantize.LARGEST
+  np.testing.assert_array_equal(got[1:-1], 0)
+
+
+@pytest.mark.parametrize("name", ["sign", "qsgd", "ternary"])
+def test_norms_of_large_leaves(name):
+  """Summed in rows, of which float64 makes the same."""
+  x = np.random.default_rng(0).standard_normal((1024, 1040)).astype(np.float32)
+  _, payload = roundtrip(x, name)
+  exact = x.astype(np.float64)
+  want = {
+    "sign": np.abs(exact).mean(),
+    "qsgd": np.linalg.norm(exact) / 7,
+    "ternary": 2.5 * exact.std(),
+  }[name]
+  np.testing.assert_allclose(payload["scale"], [want], rtol=1e-6)
 
 
 def test_constant_leaves_are_exact():

@@ -44,6 +44,16 @@ def test_threshold_is_the_kth_largest(n):
       np.testing.assert_array_equal(kept, np.abs(x) >= smallest)
 
 
+def test_threshold_of_a_large_leaf():
+  x = np.random.default_rng(0).standard_normal((1024, 1040)).astype(np.float32)
+  for k in (1, 10_000, x.size):
+    pattern = jax.jit(lambda x, k=k: sparsify.magnitude_threshold(x, k))(x)
+    kept = np.abs(x).view(np.int32) >= np.int32(pattern)
+    np.testing.assert_array_equal(
+      kept, np.abs(x) >= np.sort(np.abs(x), None)[-k]
+    )
+
+
 @hypothesis.given(st.data())
 def test_indices_roundtrip_at_the_length_that_is_counted(data):
   entries = data.draw(st.integers(1, 3000))
