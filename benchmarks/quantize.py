@@ -10,8 +10,9 @@ float32 array reaches, on as many threads as do it best, taking turns with
 encoding and decoding: a machine whose memory others share is now fast, now
 slow, so that only the share of the copy beside it can be compared, whose median
 over the rounds counts. Packing eight bits of codes in a byte is part of our
-encoding; qwix's int4 takes a byte an element, and torch has no int4, so that
-its row packs with tensor operations. `snr_db` shows that all do the same work.
+encoding; qwix's int4 counts as a byte an element, as JAX has it, and torch has
+no int4, so that its row packs with tensor operations. `snr_db` shows that all
+do the same work.
 
 Workers import nothing of this package but their own system, so that peers need
 no more than themselves in their environments. All of them run with the
