@@ -129,13 +129,11 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
   )
   stochastic = menu.rounding == "stochastic"
-  uniform = None
-  if stochastic:
+  uniform = codecs.draws(seed, x.shape) if stochastic else None
+  if uniform is not None and 3 in menu.levels:
     # Three-valued codes lie in other rows, which are drawn for otherwise.
     three = codecs.draws(seed, codecs.shape_in_rows(x.size, levels=3))
-    uniform = jnp.where(
-      levels == 3, three.reshape(x.shape), codecs.draws(seed, x.shape)
-    )
+    uniform = jnp.where(levels == 3, three.reshape(x.shape), uniform)
   low = low.astype(jnp.float32)
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)
   # Both grids depend on the extremes alone.
