@@ -150,7 +150,7 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
   codes = quantize.quantize(x, grid, uniform) - low.astype(jnp.int32)
   codes = codes.astype(jnp.uint16)
   half = quantize.to_format(
-    quantize.finite(x), quantize.FLOAT_FORMATS["float16"], uniform
+    quantize.without_nan(x), quantize.FLOAT_FORMATS["float16"], uniform
   )
   half = jax.lax.bitcast_convert_type(half, jnp.uint16)
   codes = jnp.where(kind == FLOAT, half, codes).reshape(-1)

@@ -312,7 +312,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
     return {"scale": quantize.symmetric_grid(y, axis, fmt.largest).scale}
 
   def encode(y, side, uniform):
-    y = quantize.finite(y)
+    y = quantize.without_nan(y)
     if scaled:
       y = y * (1 / side["scale"])
     value = quantize.to_format(y, fmt, uniform)
