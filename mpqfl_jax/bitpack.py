@@ -114,13 +114,11 @@ def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
   else:
     codes = codes.reshape(-1)
     run = -(-codes.shape[0] // planes)
-    codes = xp.pad(codes, (0, run * planes - codes.shape[0]))
     runs = [codes[i * run : (i + 1) * run] for i in range(planes)]
+    if levels != 3:
+      runs = [xp.pad(codes, (0, run - codes.size)) for codes in runs]
   if levels == 3:
-    packed = runs[-1]
-    for digit in runs[-2::-1]:
-      packed = packed * 3 + digit
-    return [packed.astype(xp.uint8)]
+    return [_trits(runs, xp)]
   width = width_of(levels)
   packed = []
   for byte in range(group):
@@ -234,6 +232,22 @@ def _group(levels: int) -> tuple[int, int]:
   width = width_of(levels)
   common = math.gcd(width, 8)
   return 8 // common, width // common
+
+
+def _trits(runs: list[Codes], xp: ModuleType) -> Codes:
+  """Numbers whose digits are in `runs`, of which the last may be shorter."""
+  full = runs[-1].shape[0]
+  if full == runs[0].shape[0]:
+    number = runs[-1]
+    for digit in runs[-2::-1]:
+      number = number * 3 + digit
+    return number.astype(xp.uint8)
+  # Where digits are missing in a loop of its own: with zeros for them, one
+  # loop of all would not be vectorised.
+  ends = _trits([run[full:] for run in runs[:-1]], xp)
+  if full == 0:
+    return ends
+  return xp.concatenate([_trits([run[:full] for run in runs], xp), ends])
 
 
 def _shift(codes: Codes, left: int) -> Codes:

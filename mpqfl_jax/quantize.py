@@ -33,7 +33,7 @@ SMALLEST = np.float32(2.0**-126)
 _ANCHOR = np.float32(1.5 * 2.0**23)
 # Arrays from this size on are reduced in at most so many rows; along leading
 # axes, rows are reduced so few at a time where their number allows.
-_LARGE, _ROWS, _FEW = 2**20, 16, 32
+_LARGE, _ROWS, _FEW = 2**15, 16, 32
 # So many float32 fill a cache line.
 _LINE = 16
 
