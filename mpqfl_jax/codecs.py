@@ -101,17 +101,30 @@ def blockwise(
   def fit(reference):
     return numeric.fit(reference, blocks.axis, blocks.sizes)
 
-  def write(y, side, uniform):
-    codes = flat(numeric.encode(y, side, uniform), count)
-    return bitpack.parts(codes, levels)
+  def fill(x):
+    return jnp.pad(x.reshape(-1), (0, blocks.padding)) if blocks.padding else x
 
+  code = numeric.encode
+
+  def lay(codes):
+    return bitpack.parts(flat(codes, count), levels)
+
+  def write(y, side, uniform):
+    return lay(code(y, side, uniform))
+
+  # What a loop with other work in it would find again for every entry, such as
+  # the scale of its block, or whether it is padding, and not vectorise.
+  if blocks.padding:
+    code_type = jnp.uint8 if levels <= 256 else jnp.uint16
+    code = fusion.alone(lambda *given: numeric.encode(*given).astype(code_type))
+    fill, lay = fusion.alone(fill), fusion.alone(lay)
+  elif blocks.axis is not None:
+    write = fusion.alone(write)
   if blocks.axis is not None:
-    # Or a block's scale would be found again for every entry, and entries
-    # written one by one.
-    fit, write = fusion.alone(fit), fusion.alone(write)
+    fit = fusion.alone(fit)
 
   def encode(seed, x, state):
-    x = jnp.asarray(x, jnp.float32)
+    x = fill(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
     uniform = blocks.uniform(seed) if random else None
     reference = blocks.whole(x)
@@ -234,12 +247,13 @@ class Blocks(NamedTuple):
 
   Attributes:
     number: how many blocks there are.
+    padding: entries that are missing in the last one.
     axis: axes of `whole` that run along a block, None for all of it.
     sizes: entries of each block, padding not counted; broadcasts against
       `whole`.
     whole: [shape] -> array whose axes run along blocks or across them.
     cut: [shape] or [entries] -> array cut as codes are packed, blocks in pieces
-      where need be.
+      where need be. Either takes [entries + padding], too.
     cut_extremes: [2, number] -> `whole` with two entries a block.
     uniform: seed -> draws for stochastic rounding, like the cut array.
     join: cut array -> [shape].
@@ -247,6 +261,7 @@ class Blocks(NamedTuple):
   """
 
   number: int
+  padding: int
   axis: quantize.Axis
   sizes: np.ndarray
   whole: Callable[[Array], Array]
@@ -273,6 +288,7 @@ class Blocks(NamedTuple):
       side = (*[1] * len(axis), channels)
       return cls(
         number=channels,
+        padding=0,
         axis=axis,
         sizes=np.full(side, entries // channels, np.float32),
         whole=lambda x: x.reshape(cut),
@@ -296,10 +312,11 @@ class Blocks(NamedTuple):
           cut = (packed_rows, entries // piece // packed_rows, piece)
 
       def padded(x):
-        return jnp.pad(x.reshape(-1), (0, padding))
+        return jnp.pad(x.reshape(-1), (0, rows * granularity - x.size))
 
       return cls(
         number=rows,
+        padding=padding,
         axis=1,
         sizes=sizes,
         whole=lambda x: padded(x).reshape(rows, granularity),
@@ -314,6 +331,7 @@ class Blocks(NamedTuple):
     cut = shape_in_rows(entries, levels)
     return cls(
       number=1,
+      padding=0,
       axis=None,
       sizes=np.full((1,), entries, np.float32),
       whole=lambda x: x.reshape(cut),

@@ -499,7 +499,7 @@ def test_every_small_float_survives():
 @pytest.mark.parametrize("name", quantize.FLOAT_FORMATS)
 def test_casts_decide_ties_as_ml_dtypes_does(name):
   fmt = quantize.FLOAT_FORMATS[name]
-  codes = np.arange(256 ** fmt.dtype.itemsize, dtype=f"u{fmt.dtype.itemsize}")
+  codes = np.arange(256**fmt.dtype.itemsize, dtype=f"u{fmt.dtype.itemsize}")
   with np.errstate(invalid="ignore"):
     values = np.unique(codes.view(fmt.dtype).astype(np.float64))
   values = values[np.abs(values) <= min(fmt.largest, 2.0**126)]
