@@ -24,29 +24,35 @@ _FACTOR = 64
 _SEED = wire.Field("rotation", np.dtype(np.uint32), (2,), lambda seed: True)
 
 
-def hadamard(x: Array) -> Array:
-  """Applies the orthonormal Hadamard matrix to the last axis.
+def hadamard(x: Array, first: int) -> Array:
+  """Applies the orthonormal Hadamard matrix to the last axis, and transposes.
+
+  As a product of two small matrices: matrix units and caches like it better
+  than log2(d) butterfly passes. To transpose once more after the second, so
+  that entries had their order again, would cost as much as either.
 
   Args:
     x: [..., d] float32, d a power of two.
+    first: size of the matrix that is applied first, a power of two, at most d.
 
   Returns:
-    [..., d] float32. The matrix is symmetric, so that this is its own inverse.
+    [..., d] float32: of the product, the entries as [d / first, first], which
+    then change axes. With `first` d / first, it is undone.
   """
+  second = x.shape[-1] // first
+  y = _product(x.reshape(*x.shape[:-1], second, first))
+  return _product(jnp.swapaxes(y, -1, -2)).reshape(x.shape)
+
+
+def _product(x: Array) -> Array:
   size = x.shape[-1]
   if size == 1:
     return x
-  # A product of small dense matrices: matrix units and caches like it better
-  # than log2(d) butterfly passes.
-  factor = min(size, _FACTOR)
   matrix = np.ones((1, 1), np.float32)
-  while matrix.shape[0] < factor:
+  while matrix.shape[0] < size:
     matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-  matrix /= np.float32(math.sqrt(factor))
-  split = x.reshape(*x.shape[:-1], size // factor, factor)
-  split = jnp.matmul(split, matrix, precision=jax.lax.Precision.HIGHEST)
-  across = hadamard(jnp.swapaxes(split, -1, -2))
-  return jnp.swapaxes(across, -1, -2).reshape(x.shape)
+  matrix /= np.float32(math.sqrt(size))
+  return jnp.matmul(x, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def signs(seed: Array, shape: tuple[int, ...]) -> Array:
@@ -74,6 +80,7 @@ def rotated(
   if entries == 0:
     return codecs.empty(shape)
   block = min(BLOCK, 1 << (entries - 1).bit_length())
+  first = min(block, _FACTOR)
   rows = -(-entries // block)
   inner = inner_of((rows * block,), block)
 
@@ -84,13 +91,13 @@ def rotated(
     rotation = jax.random.bits(key, (2,), jnp.uint32)
     x = jnp.clip(quantize.finite(x), -_LARGEST, _LARGEST).reshape(-1)
     y = jnp.pad(x, (0, rows * block - entries)).reshape(rows, block)
-    y = hadamard(y * signs(rotation, y.shape)).reshape(-1)
+    y = hadamard(y * signs(rotation, y.shape), first).reshape(-1)
     payload, state = inner.encode(seed, y, state)
     return {"rotation": rotation, "inner": payload}, state
 
   def decode(payload):
     y = jnp.clip(inner.decode(payload["inner"]), -_LARGEST, _LARGEST)
-    y = hadamard(y.reshape(rows, block))
+    y = hadamard(y.reshape(rows, block), block // first)
     x = y * signs(payload["rotation"], y.shape)
     return x.reshape(-1)[:entries].reshape(shape)
 

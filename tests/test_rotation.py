@@ -9,22 +9,26 @@ from scipy import linalg
 from mpqfl_jax import counter, precision, rotation
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 64, 128, 1024])
-def test_hadamard_is_scipys(size):
+@pytest.mark.parametrize("first, second", [(1, 1), (8, 1), (64, 2), (16, 64)])
+def test_hadamard_is_scipys(first, second):
+  size = first * second
   x = np.random.default_rng(0).standard_normal((3, size)).astype(np.float32)
   expected = x @ (linalg.hadamard(size) / np.sqrt(size))
+  expected = expected.reshape(3, second, first).swapaxes(1, 2).reshape(3, size)
   np.testing.assert_allclose(
-    rotation.hadamard(jnp.asarray(x)), expected, atol=1e-5
+    rotation.hadamard(jnp.asarray(x), first), expected, atol=1e-5
   )
 
 
-def test_hadamard_keeps_norms_and_undoes_itself():
-  x = np.random.default_rng(1).standard_normal((2, 4096)).astype(np.float32)
-  y = rotation.hadamard(jnp.asarray(x))
+@pytest.mark.parametrize("first, second", [(64, 64), (64, 8)])
+def test_hadamard_keeps_norms_and_is_undone(first, second):
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((2, first * second)).astype(np.float32)
+  y = rotation.hadamard(jnp.asarray(x), first)
   np.testing.assert_allclose(
     np.linalg.norm(y, axis=1), np.linalg.norm(x, axis=1), rtol=1e-6
   )
-  np.testing.assert_allclose(rotation.hadamard(y), x, atol=1e-5)
+  np.testing.assert_allclose(rotation.hadamard(y, second), x, atol=1e-5)
 
 
 def decoded(name, x, count, **options):
