@@ -263,7 +263,8 @@ def merge(rows: list[Row]) -> list[Row]:
   """The middle of all rounds for each system and codec.
 
   `memcpy_gb_s` is the median of the rounds', and a rate the median share of the
-  copy beside it times that.
+  copy beside it times that. All shares are `encode_shares` and `decode_shares`,
+  in the order of the rounds.
   """
   # Not at the top: a peer's environment has no part of this package.
   from mpqfl_jax import host
@@ -274,13 +275,13 @@ def merge(rows: list[Row]) -> list[Row]:
   merged = []
   for turns in found.values():
     copy = statistics.median(turn["memcpy_gb_s"] for turn in turns)
-    rates = {
-      rate: copy
-      * statistics.median(turn[rate] / turn["memcpy_gb_s"] for turn in turns)
-      for rate in ("encode_gb_s", "decode_gb_s")
-    }
+    row = turns[0] | {"memcpy_gb_s": copy}
+    for way in ("encode", "decode"):
+      rate = f"{way}_gb_s"
+      shares = [turn[rate] / turn["memcpy_gb_s"] for turn in turns]
+      row |= {f"{way}_shares": shares, rate: copy * statistics.median(shares)}
     machine = {"cpu": host.processor(), "cores": os.cpu_count()}
-    merged.append(turns[0] | rates | {"memcpy_gb_s": copy} | machine)
+    merged.append(row | machine)
   order = {codec: i for i, (codec, _) in enumerate(found)}
   return sorted(merged, key=lambda row: order[row["codec"]])
 
@@ -303,27 +304,44 @@ def print_table(rows: list[Row]) -> None:
     )
 
 
+def beside(mine: dict[str, Row], way: str) -> str:
+  """How many times as fast as the faster peer: the median round, the extremes.
+
+  Args:
+    mine: the rows of one codec, by system.
+    way: `encode` or `decode`.
+  """
+  shares = {system: row[f"{way}_shares"] for system, row in mine.items()}
+  ours = shares.pop("mpqfl_jax")
+  if not shares:
+    return "-"
+  peer = max(shares.values(), key=statistics.median)
+  ratios = [ours / theirs for ours, theirs in zip(ours, peer, strict=True)]
+  low, high = min(ratios), max(ratios)
+  return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+
+
 def markdown(rows: list[Row]) -> str:
   """The table of `docs/quantization.md`: a line a codec, all systems in it."""
   systems = [s for s in SYSTEMS if any(row["system"] == s for row in rows)]
   names = " / ".join(["ours", *systems[1:]])
-  lines = [
-    f"| Codec | Bits | Encode, GB/s | Share of a copy: {names}"
-    f" | Decode, GB/s | Share of a copy: {names} |",
-    "| :-- | --: | --: | --: | --: | --: |",
-  ]
+  heads = ["Codec", "Bits"]
+  for way in ("Encode", "Decode"):
+    heads += [f"{way}, GB/s", f"Share of a copy: {names}", "Beside a peer"]
+  lines = ["| " + " | ".join(heads) + " |", "| :-- |" + " --: |" * 7]
   for codec in dict.fromkeys(row["codec"] for row in rows):
     mine = {row["system"]: row for row in rows if row["codec"] == codec}
     ours = mine.get("mpqfl_jax")
     if ours is None:
       continue
     cells = [codec, f"{ours['bits_per_element']:.2f}"]
-    for rate in ("encode_gb_s", "decode_gb_s"):
+    for way in ("encode", "decode"):
+      rate = f"{way}_gb_s"
       shares = [
         f"{mine[s][rate] / mine[s]['memcpy_gb_s']:.0%}" if s in mine else "-"
         for s in systems
       ]
-      cells += [f"{ours[rate]:.1f}", " / ".join(shares)]
+      cells += [f"{ours[rate]:.1f}", " / ".join(shares), beside(mine, way)]
     lines.append("| " + " | ".join(cells) + " |")
   copies = [row["memcpy_gb_s"] for row in rows]
   lines.append(
