@@ -112,8 +112,8 @@ def blockwise(
   def write(y, side, uniform):
     return lay(code(y, side, uniform))
 
-  # What a loop with other work in it would find again for every entry, such as
-  # the scale of its block, or whether it is padding, and not vectorise.
+  # In one loop of all, the compiler would find a block's scale again for every
+  # entry, or whether it is padding, and vectorise nothing.
   if blocks.padding:
     code_type = jnp.uint8 if levels <= 256 else jnp.uint16
     code = fusion.alone(lambda *given: numeric.encode(*given).astype(code_type))

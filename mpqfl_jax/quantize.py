@@ -31,9 +31,9 @@ LARGEST = np.float32(2.0**126)
 SMALLEST = np.float32(2.0**-126)
 # Its last bit is worth 1, and so is that of every float32 within 2^22 of it.
 _ANCHOR = np.float32(1.5 * 2.0**23)
-# Arrays from this size on are reduced in at most so many rows; along leading
-# axes, rows are reduced so few at a time where their number allows.
-_LARGE, _ROWS, _FEW = 2**15, 16, 32
+# Arrays from this size on are reduced in so many rows; along leading axes, rows
+# are reduced so few at a time where their number allows.
+_LARGE, _ROWS, _FEW = 2**15, range(16, 7, -1), 32
 # So many float32 fill a cache line.
 _LINE = 16
 
@@ -135,9 +135,8 @@ def in_rows(x: Array) -> Array:
     return x.reshape(1, -1)
   # Rows that begin where cache lines do: a load of a whole one that does not
   # takes two.
-  counts = range(_ROWS, 1, -1)
-  aligned = (n for n in counts if x.size % (n * _LINE) == 0)
-  return x.reshape(next(aligned, math.gcd(x.size, _ROWS)), -1)
+  aligned = (n for n in _ROWS if x.size % (n * _LINE) == 0)
+  return x.reshape(next(aligned, math.gcd(x.size, _ROWS.start)), -1)
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:

@@ -36,8 +36,8 @@ def hadamard(x: Array, first: int) -> Array:
     first: size of the matrix that is applied first, a power of two, at most d.
 
   Returns:
-    [..., d] float32: of the product, the entries as [d / first, first], which
-    then change axes. With `first` d / first, it is undone.
+    [..., d] float32, the product as [d / first, first] with its axes swapped.
+    Applied again, with the other factor of d as `first`, it gives `x`.
   """
   second = x.shape[-1] // first
   y = _product(x.reshape(*x.shape[:-1], second, first))

@@ -516,6 +516,42 @@ def test_casts_decide_ties_as_ml_dtypes_does(name):
   )
 
 
+@pytest.mark.parametrize(
+  "size, rows",
+  [(8, 1), (32768, 16), (80000, 10), (32770, 2), (65537, 1), (98304, 16)],
+)
+def test_rows_hold_every_entry(size, rows):
+  got = quantize.in_rows(jnp.arange(size))
+  assert got.shape == (rows, size // rows)
+  assert (got.reshape(-1) == jnp.arange(size)).all()
+
+
+@pytest.mark.parametrize("granularity", [48, 64, 256, 300, "tensor"])
+@pytest.mark.parametrize("entries", [700, 33280, 40001])
+def test_norms_are_numpys(granularity, entries):
+  rng = np.random.default_rng(entries)
+  x = rng.laplace(size=entries).astype(np.float32)
+  size = entries if granularity == "tensor" else min(granularity, entries)
+  padded = np.pad(x.astype(np.float64), (0, -entries % size)).reshape(-1, size)
+  count = np.minimum(entries - size * np.arange(len(padded)), size)
+  _, payload = roundtrip(x, "sign", granularity=granularity)
+  expected = np.abs(padded).sum(1) / count
+  np.testing.assert_allclose(payload["scale"], expected, rtol=2e-5)
+  _, payload = roundtrip(x, "qsgd", granularity=granularity)
+  expected = np.linalg.norm(padded, axis=1) / 7
+  np.testing.assert_allclose(payload["scale"], expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8", "sign"])
+def test_padding_changes_no_other_code(name):
+  x = np.random.default_rng(0).standard_normal(2000).astype(np.float32)
+  got, _ = roundtrip(x, name, granularity=64)
+  whole, _ = roundtrip(x[:1984], name, granularity=64)
+  np.testing.assert_array_equal(got[:1984], whole)
+  last, _ = roundtrip(x[1984:], name)
+  np.testing.assert_allclose(got[1984:], last, rtol=1e-6)
+
+
 def test_casts_saturate():
   got, _ = roundtrip(np.array([1e6, -1e6, 65519.0, 1.0], np.float32), "float16")
   assert got.tolist() == [65504.0, -65504.0, 65504.0, 1.0]
