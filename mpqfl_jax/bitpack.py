@@ -235,7 +235,7 @@ def _group(levels: int) -> tuple[int, int]:
 
 
 def _trits(runs: list[Codes], xp: ModuleType) -> Codes:
-  """Numbers whose digits are in `runs`, of which the last may be shorter."""
+  """Numbers with digits in `runs`, the last of which may be short or empty."""
   full = runs[-1].shape[0]
   if full == runs[0].shape[0]:
     number = runs[-1]

@@ -211,27 +211,33 @@ def snr_leakage(energy: Array, error: Array) -> Array:
   return jnp.maximum(ratio, 0)
 
 
-def expected_errors(menu: choice.Menu, x: Array) -> Array:
+def expected_errors(
+  menu: choice.Menu, x: Array, unit: Array | float = 1.0
+) -> Array:
   """Expected squared error of a leaf in each option, [options] float32.
 
   Args:
     menu: the options.
     x: the leaf, finite.
+    unit: what errors are measured in, no less than any magnitude over 2^60, so
+      that squares stay within float32.
 
   Returns:
-    Sums over entries: of the squared rounding error, or of its expectation
-    scale^2 f (1 - f) with f the fraction between two grid points.
+    Sums over entries, in units squared: of the squared rounding error, or of
+    its expectation scale^2 f (1 - f) with f the fraction between two grid
+    points; of float16 also what it saturates.
   """
-  x = x.reshape(-1)
+  exact = x.reshape(-1)
+  x = exact / unit
   extremes = jnp.stack([jnp.min(x), jnp.max(x)])
   stochastic = menu.rounding == "stochastic"
 
   def lost(scaled, step):
     fraction = scaled - jnp.floor(scaled)
-    share = jnp.minimum(fraction, 1 - fraction) ** 2
+    far = jnp.minimum(fraction, 1 - fraction)
     if stochastic:
-      share = fraction * (1 - fraction)
-    return jnp.sum(share * step * step)
+      far = jnp.sqrt(fraction * (1 - fraction))
+    return (far * step) ** 2
 
   def on_grid(option):
     affine, low, levels = option
@@ -239,9 +245,14 @@ def expected_errors(menu: choice.Menu, x: Array) -> Array:
     wide = quantize.affine_grid(extremes, None, low, high, stochastic).scale
     even = quantize.symmetric_grid(extremes, None, high).scale
     step = jnp.where(affine, wide, even)
-    return lost(x / step, step)
+    return jnp.sum(lost(x / step, step))
 
-  step, reciprocal = quantize.float_step(x, quantize.FLOAT_FORMATS["float16"])
+  # Float16's steps and its end stay where they are, whatever the unit.
+  half = quantize.FLOAT_FORMATS["float16"]
+  step, reciprocal = quantize.float_step(exact, half)
+  rounded = lost(exact * reciprocal, step / unit)
+  beyond = (jnp.abs(exact) - half.largest) / unit
+  of_float = jnp.sum(jnp.where(beyond > 0, beyond**2, rounded))
   # A loop, not a program for each width.
   on_grids = jax.lax.map(
     on_grid,
@@ -253,7 +264,7 @@ def expected_errors(menu: choice.Menu, x: Array) -> Array:
   )
   return jnp.select(
     [menu.kind == choice.WITHHELD, menu.kind == choice.FLOAT],
-    [jnp.sum(x * x), lost(x * reciprocal, step)],
+    [jnp.sum(x * x), of_float],
     on_grids,
   )
 
@@ -336,7 +347,7 @@ def _allocated(
     # Relative to the largest entry: squares stay within float32.
     peaks = [jnp.max(jnp.abs(arrays[i])) for i in full]
     peak = jnp.maximum(jnp.max(jnp.stack(peaks)), quantize.SMALLEST)
-    error = jnp.stack([expected_errors(menu, arrays[i] / peak) for i in full])
+    error = jnp.stack([expected_errors(menu, arrays[i], peak) for i in full])
     energy = jnp.stack([jnp.sum((arrays[i] / peak) ** 2) for i in full])
     picked = choose(energy, error, jnp.asarray(cost), bytes - fixed).picked
     seeds = counter.seeds(key, len(leaves))

@@ -38,6 +38,7 @@ def bits(seed: Array, shape: tuple[int, ...]) -> Array:
     uint32 of that shape; entry i (in row-major order) depends on the seed and i
     alone.
   """
+  seed = jnp.asarray(seed)  # NumPy's numbers warn of overflows.
   # Close seeds must give unrelated streams: mixed once, whatever the shape.
   first = _mix(seed[0] * _ODD + seed[1])
   second = _mix(first ^ seed[0])

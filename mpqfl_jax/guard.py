@@ -79,17 +79,18 @@ def tables(updates: Sequence[Update], rounding: str = "nearest") -> Tables:
   sizes = [leaf.size for leaf in jax.tree.leaves(updates[0])]
   if 0 in sizes:
     raise UserError("guard: a leaf of the model is empty; leave it out.")
-  errors_of = jax.jit(lambda x: budget.expected_errors(menu, x))
+  errors_of = jax.jit(lambda x, unit: budget.expected_errors(menu, x, unit))
   error, energy = [], []
   for update in updates:
     leaves = jax.tree.leaves(update)
     # Squares of the largest entry would leave float32 for tiny gradients.
     peak = max(float(jnp.max(jnp.abs(x))) for x in leaves) or 1.0
-    scaled = [jnp.asarray(x) / peak for x in leaves]
     error.append(
-      [peak**2 * np.asarray(errors_of(x), np.float64) for x in scaled]
+      [peak**2 * np.asarray(errors_of(x, peak), np.float64) for x in leaves]
     )
-    energy.append([peak**2 * float(jnp.sum(x * x)) for x in scaled])
+    energy.append(
+      [peak**2 * float(jnp.sum((jnp.asarray(x) / peak) ** 2)) for x in leaves]
+    )
   return Tables(
     menu,
     np.array(error),

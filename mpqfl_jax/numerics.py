@@ -188,7 +188,9 @@ def qsgd(levels: int = 7, norm: str = "l2") -> Numerics:
     length = largest
     if norm == "l2":
       square = _sum(jnp.square, y, largest, axis)
-      length = jnp.minimum(largest * jnp.sqrt(square), quantize.LARGEST)
+      # No less than the largest: it is 2^126 where an entry is NaN.
+      length = largest * jnp.maximum(jnp.sqrt(square), 1.0)
+      length = jnp.minimum(length, quantize.LARGEST)
     scale = jnp.maximum(length * (1 / levels), quantize.SMALLEST)
     return quantize.Grid(scale, jnp.zeros_like(scale), -levels, levels)
 
@@ -382,8 +384,12 @@ def sign(unbiased: bool = False) -> Numerics:
     total = _sum(jnp.abs, y, largest, axis)
     if unbiased:
       square = _sum(jnp.square, y, largest, axis)
-      return {"scale": largest * square / jnp.maximum(total, 1e-30)}
-    return {"scale": largest * (total * (1 / sizes))}
+      scale = largest * square / jnp.maximum(total, 1e-30)
+    else:
+      scale = largest * (total * (1 / sizes))
+    # Zero says that all entries are; beside NaN or infinity, it may underflow.
+    least = jnp.where(largest > quantize.SMALLEST, quantize.SMALLEST, 0.0)
+    return {"scale": jnp.maximum(scale, least)}
 
   def decode(codes, side, uniform):
     return (2.0 * codes.astype(jnp.float32) - 1.0) * side["scale"]

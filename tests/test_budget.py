@@ -119,20 +119,24 @@ def test_least_leakage_against_all_choices():
   assert infeasible < 20
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e5])
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_expected_errors_are_those_of_the_codec(stochastic):
-  x = jnp.asarray(np.random.default_rng(2).standard_normal(700), jnp.float32)
+def test_expected_errors_are_those_of_the_codec(stochastic, size):
+  # Float16's steps end below 1e-5 or so, and its range at 65,504.
+  x = np.random.default_rng(2).standard_normal(700) * size
+  x = jnp.asarray(x, jnp.float32)
   rounding = "stochastic" if stochastic else "nearest"
   menu = choice.menu(budget.OPTIONS, rounding)
   leaf = choice.leaf(x.shape, menu)
-  errors = budget.expected_errors(menu, x)
+  unit = jnp.max(jnp.abs(x))
+  errors = budget.expected_errors(menu, x, unit)
   seeds = counter.seeds(jax.random.key(0), 300 if stochastic else 1)
 
   @jax.jit
   def measured(option):
     def one(seed):
       payload = choice.encode_as(menu, option, seed, x)
-      return jnp.sum((leaf.decode(payload) - x) ** 2)
+      return jnp.sum(((leaf.decode(payload) - x) / unit) ** 2)
 
     return jnp.mean(jax.vmap(one)(seeds))
 

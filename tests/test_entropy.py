@@ -70,7 +70,7 @@ def test_a_message_is_a_header_a_frame_and_a_checksum():
     codec, plain = codec_of(name), precision.make(name, PARAMS)
     message, long = message_of(codec, update), message_of(plain, update)
     assert len(message) < len(long)
-    assert message[:4] == b"MPQ\x12" and message[4:8] == long[4:8]
+    assert message[:4] == b"MPQ\x13" and message[4:8] == long[4:8]
     records = zstandard.ZstdDecompressor().decompress(message[8:-4])
     assert records == long[8:-4]
     assert message[-4:] == xxhash.xxh32_digest(message[:-4])[::-1]
@@ -161,7 +161,7 @@ def test_a_frame_must_be_shorter_than_its_records():
   short = MAGIC + bytes([0x20, 201])
   short += block(RAW, b"\x01", 1) + block(RLE, b"\0", 200, True)
   plain = message_of(precision.make("none", params), params)
-  head = plain[:3] + b"\x12" + plain[4:8]
+  head = plain[:3] + bytes([wire.VERSION | 1 << 4]) + plain[4:8]
   codec.unpack(wire.reseal(head + short))
   with pytest.raises(wire.WireError):
     codec.unpack(wire.reseal(head + body))

@@ -542,6 +542,16 @@ def test_norms_are_numpys(granularity, entries):
   np.testing.assert_allclose(payload["scale"], expected, rtol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["sign", "qsgd", "drive", "ternary", "int8"])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_bins_hold_what_is_finite_beside_what_is_not(name, odd):
+  x = np.array([odd, 1.0, 2.0, -3.0, 0.5, 0.0], np.float32)
+  leaf = precision.leaf_codec(name, x.shape, {})
+  payload, _ = leaf.encode(_seed(0), jnp.asarray(x), leaf.init())
+  lower, upper, _ = map(np.asarray, leaf.bins(payload))
+  assert ((lower <= x) & (x <= upper))[1:].all()
+
+
 @pytest.mark.parametrize("name", ["nf4", "int4", "int8", "sign"])
 def test_padding_changes_no_other_code(name):
   x = np.random.default_rng(0).standard_normal(2000).astype(np.float32)

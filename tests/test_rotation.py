@@ -31,6 +31,19 @@ def test_hadamard_keeps_norms_and_is_undone(first, second):
   np.testing.assert_allclose(rotation.hadamard(y, second), x, atol=1e-5)
 
 
+def test_a_rotated_record_by_hand():
+  # What a reader does with codes, written down: a message of before stays one.
+  x = np.random.default_rng(6).standard_normal(128).astype(np.float32)
+  leaf = precision.leaf_codec("int8", x.shape, {"rotate": True})
+  payload, _ = leaf.encode(jnp.array([1, 2], jnp.uint32), jnp.asarray(x), ())
+  codes = np.asarray(payload["inner"]["codes"]).astype(np.float64) - 127
+  sent = codes.reshape(64, 2).T.reshape(128) * payload["inner"]["scale"][0]
+  signs = np.asarray(rotation.signs(payload["rotation"], (1, 128)))[0]
+  expected = signs * (linalg.hadamard(128) @ sent) / np.sqrt(128)
+  np.testing.assert_allclose(leaf.decode(payload), expected, atol=1e-5)
+  np.testing.assert_allclose(expected, x, atol=0.2)
+
+
 def decoded(name, x, count, **options):
   leaf = precision.leaf_codec(name, x.shape, options)
   run = jax.jit(
