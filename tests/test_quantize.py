@@ -333,7 +333,9 @@ def test_random_rounding_stays_within_a_step(mode, rounding):
     got = run(x, seed)
     step = step_of(x.astype(np.float64), 4, mode)
     step = max(step * (15 / 14 if mode == "affine" else 1), 2.0**-126)
-    assert np.abs(got - x).max() <= reach * step + 1e-5 * np.abs(x).max()
+    # What is decoded below the smallest normal number may be flushed to zero.
+    slack = 1e-5 * np.abs(x).max() + 2.0**-126
+    assert np.abs(got - x).max() <= reach * step + slack
 
   check()
 
