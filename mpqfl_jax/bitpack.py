@@ -116,7 +116,7 @@ def parts(codes: Codes, levels: int, xp: ModuleType = jnp) -> list[Codes]:
     run = -(-codes.shape[0] // planes)
     runs = [codes[i * run : (i + 1) * run] for i in range(planes)]
     if levels != 3:
-      runs = [xp.pad(codes, (0, run - codes.size)) for codes in runs]
+      runs = [xp.pad(part, (0, run - part.size)) for part in runs]
   if levels == 3:
     return [_trits(runs, xp)]
   width = width_of(levels)

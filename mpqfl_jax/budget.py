@@ -211,16 +211,14 @@ def snr_leakage(energy: Array, error: Array) -> Array:
   return jnp.maximum(ratio, 0)
 
 
-def expected_errors(
-  menu: choice.Menu, x: Array, unit: Array | float = 1.0
-) -> Array:
+def expected_errors(menu: choice.Menu, x: Array, unit: Array) -> Array:
   """Expected squared error of a leaf in each option, [options] float32.
 
   Args:
     menu: the options.
     x: the leaf, finite.
-    unit: what errors are measured in, no less than any magnitude over 2^60, so
-      that squares stay within float32.
+    unit: [] float32, what errors are measured in: of the order of the largest
+      magnitude, so that squares stay within float32.
 
   Returns:
     Sums over entries, in units squared: of the squared rounding error, or of

@@ -367,8 +367,9 @@ def to_format(
     x = round_to_integer(x * reciprocal, uniform) * step
   if fmt.dtype == np.float16:
     return x.astype(fmt.dtype)
-  codes = _bfloat16_codes if fmt.dtype == jnp.bfloat16 else _float8_codes
-  return jax.lax.bitcast_convert_type(codes(x, fmt), fmt.dtype)
+  is_bfloat16 = fmt.dtype == jnp.bfloat16
+  codes = _bfloat16_codes(x) if is_bfloat16 else _float8_codes(x, fmt)
+  return jax.lax.bitcast_convert_type(codes, fmt.dtype)
 
 
 def from_format(codes: Array, fmt: FloatFormat) -> Array:
@@ -385,7 +386,7 @@ def from_format(codes: Array, fmt: FloatFormat) -> Array:
   return value.astype(jnp.float32) * np.float32(2.0 ** (14 + fmt.min_exponent))
 
 
-def _bfloat16_codes(x: Array, fmt: FloatFormat) -> Array:
+def _bfloat16_codes(x: Array) -> Array:
   """What a cast does to numbers within ±2^126, uint16, at twice its speed."""
   pattern = _patterns(x)
   # The last bit that stays decides ties; what overflows carries upwards.
