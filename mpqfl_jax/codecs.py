@@ -104,6 +104,12 @@ def blockwise(
   def fill(x):
     return jnp.pad(x.reshape(-1), (0, blocks.padding)) if blocks.padding else x
 
+  def draw(seed):
+    # The server draws dither again: entry by entry, whatever the blocks are.
+    if dither:
+      return counter.uniform(seed, blocks.shape)
+    return draws(seed, blocks.shape)
+
   code = numeric.encode
 
   def lay(codes):
@@ -126,7 +132,7 @@ def blockwise(
   def encode(seed, x, state):
     x = fill(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
-    uniform = blocks.uniform(seed) if random else None
+    uniform = draw(seed) if random else None
     reference = blocks.whole(x)
     if momentum is not None:
       extremes = quantize.extremes(reference, blocks.axis)
@@ -154,7 +160,7 @@ def blockwise(
       codes = bitpack.look_up(packed, count, levels, table)
     codes = blocks.cut(codes)
     side = {name: blocks.spread(payload[name]) for name in numeric.side}
-    uniform = blocks.uniform(payload["seed"]) if dither else None
+    uniform = draw(payload["seed"]) if dither else None
     return codes, side, uniform
 
   def decode(payload):
@@ -254,8 +260,8 @@ class Blocks(NamedTuple):
     whole: [shape] -> array whose axes run along blocks or across them.
     cut: [shape] or [entries] -> array cut as codes are packed, blocks in pieces
       where need be. Either takes [entries + padding], too.
+    shape: of the cut array.
     cut_extremes: [2, number] -> `whole` with two entries a block.
-    uniform: seed -> draws for stochastic rounding, like the cut array.
     join: cut array -> [shape].
     spread: [number] -> array that broadcasts against the cut array.
   """
@@ -266,8 +272,8 @@ class Blocks(NamedTuple):
   sizes: np.ndarray
   whole: Callable[[Array], Array]
   cut: Callable[[Array], Array]
+  shape: Shape
   cut_extremes: Callable[[Array], Array]
-  uniform: Callable[[Array], Array]
   join: Callable[[Array], Array]
   spread: Callable[[Array], Array]
 
@@ -294,7 +300,7 @@ class Blocks(NamedTuple):
         whole=lambda x: x.reshape(cut),
         cut=lambda x: x.reshape(cut),
         cut_extremes=lambda extremes: extremes.reshape(2, *side[1:]),
-        uniform=lambda seed: draws(seed, cut),
+        shape=cut,
         join=lambda y: y.reshape(shape),
         spread=lambda sent: sent.reshape(side),
       )
@@ -322,7 +328,7 @@ class Blocks(NamedTuple):
         whole=lambda x: padded(x).reshape(rows, granularity),
         cut=lambda x: padded(x).reshape(cut),
         cut_extremes=lambda extremes: extremes.T,
-        uniform=lambda seed: draws(seed, cut),
+        shape=cut,
         join=lambda y: y.reshape(-1)[:entries].reshape(shape),
         spread=lambda sent: jnp.repeat(sent, granularity // cut[-1]).reshape(
           *cut[:-1], 1
@@ -337,7 +343,7 @@ class Blocks(NamedTuple):
       whole=lambda x: x.reshape(cut),
       cut=lambda x: x.reshape(cut),
       cut_extremes=lambda extremes: extremes.reshape(-1),
-      uniform=lambda seed: draws(seed, cut),
+      shape=cut,
       join=lambda y: y.reshape(shape),
       spread=lambda sent: sent.reshape(1),
     )

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 MAGIC = b"MPQ"
-VERSION = 3  # low four bits of its byte; the upper ones name the coding
+VERSION = 4  # low four bits of its byte; the upper ones name the coding
 HEADER = struct.Struct("<3sBI")
 CHECKSUM = struct.Struct("<I")
 LENGTH = struct.Struct("<I")  # of the first of two messages

@@ -35,7 +35,7 @@ def float32(x):
 
 def test_a_message_by_hand():
   _, message = message_of("int4")
-  assert message[:4] == b"MPQ\x03"
+  assert message[:4] == b"MPQ\x04"
   rule = "int4 symmetric nearest"
   text = f"int4\nconv1/bias [2] {rule}\nconv1/kernel [2, 3] {rule}"
   assert message[4:8] == xxhash.xxh32_digest(text.encode())[::-1]
@@ -72,7 +72,7 @@ def resealed(message, at, new):
   ("at", "new", "what"),
   [
     (0, b"XYZ", "magic"),
-    (3, b"\x04", "version"),
+    (3, b"\x03", "version"),
     (4, b"\0\0\0\0", "fingerprint"),
     (8, b"\x38", "rule"),
     (9, float32(np.nan), "scale"),
