@@ -10,7 +10,9 @@ Picking is a multiple-choice knapsack. Lagrange multipliers price the bounds:
 for given prices every leaf's best option is independent of the others'
 (Everett, "Generalized Lagrange Multiplier Method", 1963), and the priced
 minimum less the price of the bounds is a lower bound of the optimum, which
-proves the gap. What is left of the budget is then spent leaf by leaf.
+proves a gap. Dynamic programming over one bound in cells gives a choice, with
+what an option takes rounded up, and another lower bound, with that rounded
+down. What is left of the budget is then spent leaf by leaf.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpqfl_jax import choice, codecs, counter, numerics, quantize, wire
-from mpqfl_jax.types import Array, Codec, Params
+from mpqfl_jax.types import Array, Codec, Params, Proof, Update
 
 OPTIONS = (
   choice.Option("none"),
@@ -49,7 +51,8 @@ class Allocation(NamedTuple):
   Attributes:
     picked: [leaves] int32, option of each leaf.
     value: [] float32, the objective.
-    bound: [] float32, no choice within the bounds has a lower objective.
+    bound: [] float32, no choice within the bounds has a lower objective;
+      infinite where none is within the bounds.
   """
 
   picked: Array
@@ -73,19 +76,35 @@ def cheapest(value: Array, cost: Array, budget: Array | int) -> Allocation:
     The allocation, within the budget.
   """
   by_price = _by_price(value, cost, budget)
-  picked = _improve(_by_cells(value, cost, budget), value, [(cost, budget)])
-  better = _total(value, picked) < by_price.value
-  picked = jnp.where(better, picked, by_price.picked)
-  return Allocation(picked, _total(value, picked), by_price.bound)
-
-
-def _by_cells(value: Array, cost: Array, budget: Array | int) -> Array:
-  """Picks by dynamic programming over a budget in cells, [leaves] int32."""
-  # Only what exceeds the cheapest option is rounded up to cells.
+  # Only what exceeds the cheapest option is rounded to cells.
   least = jnp.min(cost, 1, keepdims=True)
   spare = jnp.maximum(budget - jnp.sum(least), 0)
   cell = jnp.maximum(-(-spare // _CELLS), 1)
-  extra = -(-(cost - least) // cell)
+  extra = cost - least
+  by_cells, _ = _by_cells(value, -(-extra // cell), spare // cell)
+  picked = _improve(by_cells, value, [(cost, budget)])
+  better = _total(value, picked) < by_price.value
+  picked = jnp.where(better, picked, by_price.picked)
+  # What fits the budget fits it when all is rounded down.
+  _, bound = _by_cells(value, extra // cell, spare // cell)
+  bound = jnp.maximum(bound, by_price.bound)
+  return Allocation(picked, _total(value, picked), bound)
+
+
+def _by_cells(
+  value: Array, extra: Array, cells: Array | int
+) -> tuple[Array, Array]:
+  """Minimises the sum of `value` by dynamic programming, exactly.
+
+  Args:
+    value: [leaves, options] float32.
+    extra: [leaves, options] int32, cells that each option takes.
+    cells: [] int32, how many there are, at most `_CELLS`.
+
+  Returns:
+    The option of each leaf, [leaves] int32, and their sum, [] float32; infinite
+    where no choice fits.
+  """
   room = jnp.arange(_CELLS + 1)
 
   def add_leaf(best, leaf):
@@ -101,11 +120,11 @@ def _by_cells(value: Array, cost: Array, budget: Array | int) -> Array:
     return left - extra[option], option
 
   start = jnp.zeros(_CELLS + 1, jnp.float32)
-  _, options = jax.lax.scan(add_leaf, start, (value, extra))
+  best, options = jax.lax.scan(add_leaf, start, (value, extra))
   _, picked = jax.lax.scan(
-    take_leaf, spare // cell, (options, extra), reverse=True
+    take_leaf, jnp.int32(cells), (options, extra), reverse=True
   )
-  return picked
+  return picked, best[cells]
 
 
 def _by_price(value: Array, cost: Array, budget: Array | int) -> Allocation:
@@ -180,15 +199,26 @@ def least_leakage(
   finest = cheapest(error, cost, budget)
   start = (jnp.float32(-40), jnp.float32(40), jnp.float32(0), finest.picked)
   _, _, bound, index = jax.lax.fori_loop(0, _OUTER_STEPS, halve, start)
+  # As if there were no bound on the cost, where it often does not matter.
+  cell = jnp.maximum(max_error, 1e-30) / _CELLS
+  taken = jnp.clip(error / cell, 0, _CELLS + 1)
+  up = jnp.ceil(taken).astype(jnp.int32)
+  # Less what float32 may have rounded up.
+  down = jnp.floor(taken * np.float32(1 - 2.0**-20)).astype(jnp.int32)
+  by_cells, _ = _by_cells(leakage, up, _CELLS)
+  _, loose = _by_cells(leakage, down, _CELLS)
   bounds = [(cost, budget), (error, max_error)]
-  index = _improve(index, leakage, bounds)
-  feasible = _total(error, index) <= max_error
-  index = jnp.where(feasible, index, finest.picked)
-  return Allocation(
-    index.astype(jnp.int32),
-    _total(leakage, index),
-    jnp.where(feasible, bound, jnp.inf),
+  found = jnp.stack(
+    [finest.picked, *(_improve(i, leakage, bounds) for i in (index, by_cells))]
   )
+  fits = jax.vmap(
+    lambda i: (_total(cost, i) <= budget) & (_total(error, i) <= max_error)
+  )(found)
+  values = jax.vmap(lambda i: _total(leakage, i))(found)
+  # The first where none fits, of least error.
+  best = jnp.argmin(jnp.where(fits, values, jnp.inf))
+  bound = jnp.where(jnp.any(fits), jnp.maximum(bound, loose), jnp.inf)
+  return Allocation(found[best].astype(jnp.int32), values[best], bound)
 
 
 def snr_leakage(energy: Array, error: Array) -> Array:
@@ -285,7 +315,7 @@ def budget(params: Params, bytes: int, rounding: str = "nearest") -> Codec:
   def choose(energy, error, cost, limit):
     return cheapest(error, cost, limit)
 
-  return _allocated("budget", params, bytes, rounding, choose)
+  return _allocated("budget", params, bytes, rounding, choose, "squared error")
 
 
 def guarded(
@@ -318,7 +348,8 @@ def guarded(
     return least_leakage(leakage(energy, error), cost, limit, error, allowed)
 
   name = f"guarded max_error={max_error:g}"
-  return _allocated(name, params, bytes, rounding, choose)
+  what = "predicted leakage"
+  return _allocated(name, params, bytes, rounding, choose, what)
 
 
 def _allocated(
@@ -327,34 +358,48 @@ def _allocated(
   bytes: int,
   rounding: str,
   choose: Callable[[Array, Array, Array, int], Allocation],
+  objective: str,
 ) -> Codec:
   menu = choice.menu(OPTIONS, rounding)
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(params)]
   leaves = [choice.leaf(shape, menu) for shape in shapes]
   full = [i for i, shape in enumerate(shapes) if 0 not in shape]
-  cost = np.array(
-    [choice.record_bytes(menu, math.prod(shapes[i])) for i in full]
-  )
+  costs = [choice.record_bytes(menu, math.prod(shapes[i])) for i in full]
   fixed = wire.OVERHEAD + len(shapes) - len(full)
-  least = fixed + int(cost.min(1).sum())
+  least = fixed + sum(int(cost.min()) for cost in costs)
   numerics.require_range("bytes", bytes, least, 2**31 - 1)
   base = codecs.per_leaf(name, params, leaves)
+  if not full:
+    return base
+  cost = np.stack(costs)
 
-  def encode(key, update, state):
-    arrays = [quantize.finite(x) for x in jax.tree.leaves(update)]
+  def allocate(arrays: list[Array]) -> Allocation:
     # Relative to the largest entry: squares stay within float32.
     peaks = [jnp.max(jnp.abs(arrays[i])) for i in full]
     peak = jnp.maximum(jnp.max(jnp.stack(peaks)), quantize.SMALLEST)
     error = jnp.stack([expected_errors(menu, arrays[i], peak) for i in full])
     energy = jnp.stack([jnp.sum((arrays[i] / peak) ** 2) for i in full])
-    picked = choose(energy, error, jnp.asarray(cost), bytes - fixed).picked
+    return choose(energy, error, jnp.asarray(cost), bytes - fixed)
+
+  def encode(key, update, state):
+    arrays = _finite_leaves(update)
+    picked = allocate(arrays).picked
     seeds = counter.seeds(key, len(leaves))
     payload: list[dict] = [{} for _ in leaves]
     for i, option in zip(full, picked, strict=True):
       payload[i] = choice.encode_as(menu, option, seeds[i], arrays[i])
     return tuple(payload), state
 
-  return base._replace(encode=encode)
+  def gap(update):
+    _, value, bound = allocate(_finite_leaves(update))
+    over = jnp.maximum(value - bound, 0) / jnp.maximum(value, 1e-30)
+    return jnp.where(bound < jnp.inf, over, jnp.inf)
+
+  return base._replace(encode=encode, proof=Proof(objective, gap))
+
+
+def _finite_leaves(update: Update) -> list[Array]:
+  return [quantize.finite(x) for x in jax.tree.leaves(update)]
 
 
 def _total(table: Array, index: Array) -> Array:

@@ -500,7 +500,8 @@ def error_feedback(codec: Codec) -> Codec:
     residual = trees.subtract(wanted, codec.decode(payload))
     return payload, (residual, inner)
 
-  return codec._replace(init=init, encode=encode)
+  # What is chosen for is not the update alone.
+  return codec._replace(init=init, encode=encode, proof=None)
 
 
 def pair(codec: Codec) -> Codec:

@@ -311,6 +311,11 @@ def make(name: str, params: Params, **options: Any) -> Codec:
     UserError: an unknown name, a bad option, or a policy that does not fit the
       model.
   """
+  if not jax.tree.leaves(params):
+    raise UserError(
+      "the parameters have no arrays in them: expected a tree such as a model's"
+      " `init` gives."
+    )
   feedback = options.pop("error_feedback", False)
   coding = entropy.make(options.pop("entropy", "none"))
   if name in CODECS:
@@ -381,7 +386,8 @@ def table(
 
   Returns:
     A table of layer, parameters, rule, bits a parameter, bytes and
-    signal-to-noise ratio in dB, with a line for the whole message.
+    signal-to-noise ratio in dB, with a line for the whole message; below, how
+    close to the best a policy's choice for this update provably is.
   """
   if state is None:
     state = codec.init(update)
@@ -414,7 +420,16 @@ def table(
     lines.append(
       (path, f"{count:,}", rule, f"{bits:.2f}", f"{size:,}", _db(energy, lost))
     )
-  return "\n".join(columns.aligned(lines, left=(0, 2)))
+  text = "\n".join(columns.aligned(lines, left=(0, 2)))
+  if codec.proof is None:
+    return text
+  objective, gap = codec.proof
+  over = float(jax.jit(gap)(update))
+  if np.isinf(over):
+    return f"{text}\nno choice keeps the bounds: sent with the least error"
+  if over < 1e-6:  # The rounding of float32's sums.
+    return f"{text}\n{objective}: the least possible"
+  return f"{text}\n{objective}: within {100 * over:.2g}% of the least possible"
 
 
 def _db(energy: float, lost: float) -> str:

@@ -212,6 +212,20 @@ class LeafRecord(NamedTuple):
   num_bytes: int
 
 
+class Proof(NamedTuple):
+  """How good a choice of precisions provably is.
+
+  Attributes:
+    objective: what the choice minimises, in words.
+    gap: update -> [] float32, the share of the objective by which it can be
+      above the least possible, 0 for a proven optimum; infinite where no choice
+      was found that keeps the bounds.
+  """
+
+  objective: str
+  gap: Callable[[Update], Array]
+
+
 class Codec(NamedTuple):
   """The last stage at a client, and its inverse at the server.
 
@@ -229,6 +243,7 @@ class Codec(NamedTuple):
     bins: payload -> Bins.
     records: payload -> how each leaf was sent, in the order of
       `jax.tree.leaves`; on the host.
+    proof: of a policy that chooses for each update, else None.
   """
 
   init: Callable[[Params], PyTree]
@@ -239,6 +254,7 @@ class Codec(NamedTuple):
   unpack: Callable[..., Payload]
   bins: Callable[[Payload], Bins]
   records: Callable[[Payload], list[LeafRecord]]
+  proof: Proof | None = None
 
 
 class Observation(NamedTuple):
