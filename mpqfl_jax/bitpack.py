@@ -155,9 +155,12 @@ def unpack(
   if width_of(levels) == 16:
     return packed
   if levels > 256:
-    low = packed[:count].astype(xp.uint16)
     high = unpack(packed[count:], count, high_levels(levels), xp)
-    return low | (high.astype(xp.uint16) << 8)
+    codes = high.astype(xp.uint16)
+    # In place on the host, where nothing larger than the leaf may be allocated.
+    codes <<= 8
+    codes |= packed[:count]
+    return codes
   planes, group = _group(levels)
   if planes == 1:
     return packed

@@ -217,6 +217,7 @@ def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
   def bins(payload):
     value, scale = linear(payload), payload["scale"]
     half = reach * scale + (jnp.abs(value) + scale) * numerics.SLACK
+    half = jnp.maximum(half, quantize.SMALLEST)
     variance = jnp.broadcast_to(scale * scale / share, value.shape)
     as_linear = value - half, value + half, variance
     as_half = float16.bins(payload["codes"], {}, None)

@@ -377,11 +377,6 @@ def float32(shape: Shape) -> LeafCodec:
   if math.prod(shape) == 0:
     return empty(shape)
 
-  def check(values: np.ndarray) -> bool:
-    # Of NaN, both are NaN. Nothing as large as the leaf is allocated.
-    least, most = values.min(), values.max()
-    return bool(least >= -quantize.LARGEST and most <= quantize.LARGEST)
-
   def bins(payload):
     x = payload["values"]
     return x, x, jnp.zeros_like(x)
@@ -390,7 +385,14 @@ def float32(shape: Shape) -> LeafCodec:
     "float32",
     tag=1,
     stochastic=False,
-    fields=[wire.Field("values", np.dtype(np.float32), shape, check)],
+    fields=[
+      wire.Field(
+        "values",
+        np.dtype(np.float32),
+        shape,
+        lambda values: quantize.within(values, quantize.LARGEST),
+      )
+    ],
     encode=lambda seed, x, state: ({"values": quantize.finite(x)}, state),
     decode=lambda payload: payload["values"],
     bins=bins,
@@ -423,7 +425,8 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
     The codec; its payload is a tuple with one dict a leaf.
   """
   treedef = jax.tree.structure(template)
-  print_ = fingerprint_of(name, template, [leaf.name for leaf in leaves])
+  agreement = agreement_of(name, template, [leaf.name for leaf in leaves])
+  print_ = wire.fingerprint(agreement)
   most = wire.OVERHEAD + sum(leaf.max_bytes for leaf in leaves)
 
   def init(params):
@@ -472,7 +475,9 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
       for path, leaf, part in zip(names, leaves, payload, strict=True)
     ]
 
-  return Codec(init, encode, decode, num_bytes, pack, unpack, bins, records)
+  return Codec(
+    init, encode, decode, num_bytes, pack, unpack, bins, records, agreement
+  )
 
 
 def error_feedback(codec: Codec) -> Codec:
@@ -551,15 +556,16 @@ def pair(codec: Codec) -> Codec:
       *zip(*(codec.bins(part) for part in payload), strict=True)
     ),
     records=records,
+    agreement=codec.agreement,
   )
 
 
-def fingerprint_of(name: str, template: PyTree, rules: list[str]) -> int:
-  """32 bits that stand for a model's shapes and a policy's rules."""
+def agreement_of(name: str, template: PyTree, rules: list[str]) -> str:
+  """A model's shapes and a policy's rules in words, a line a leaf."""
   shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(template)]
   lines = [name]
   for path, shape, rule in zip(
     trees.leaf_names(template), shapes, rules, strict=True
   ):
     lines.append(f"{path} {list(shape)} {rule}")
-  return wire.fingerprint("\n".join(lines))
+  return "\n".join(lines)

@@ -263,6 +263,8 @@ def _linear(
     scale = grid_of(side).scale
     reach = 1.0 if rounding == "stochastic" else 0.5
     half = reach * scale + (jnp.abs(value) + scale) * SLACK
+    # Of the smallest scale, half a step would be no normal number.
+    half = jnp.maximum(half, quantize.SMALLEST)
     lower, upper = value - half, value + half
     if saturates:
       lower = jnp.where(codes == 0, -jnp.inf, lower)
@@ -343,9 +345,14 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
     share = 6.0 if rounding == "stochastic" else 12.0
     return lower * scale, upper * scale, (step * scale) ** 2 / share
 
+  # As patterns, which are in the order of magnitudes.
+  unsigned = np.dtype(code_type)
+  largest = np.array(min(fmt.largest, float(quantize.LARGEST)), fmt.dtype)
+  most = largest.view(unsigned)
+  magnitude = np.iinfo(unsigned).max >> 1
+
   def valid(codes):
-    values = codes.astype(code_type).view(fmt.dtype)
-    return bool(np.isfinite(values.astype(np.float32)).all())
+    return bool(((codes & magnitude) <= most).all())
 
   tags = {"float16": 2, "bfloat16": 3, "float8_e4m3": 4, "float8_e5m2": 5}
   return Numerics(

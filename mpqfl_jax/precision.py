@@ -135,6 +135,8 @@ def _topk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
 
 def _randomk(shape: codecs.Shape, ratio: float = 0.01) -> codecs.LeafCodec:
   numerics.require_share("ratio", ratio)
+  if ratio < 2**-24:
+    raise UserError(f"ratio={ratio}: expected at least 2^-24, its resolution.")
   return sparsify.random(shape, ratio)
 
 

@@ -11,7 +11,7 @@ number of entries alone, so that a device counts it without laying it out, and
 it stays within about half a bit an entry of the entropy of random positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import math
 
 import jax
@@ -118,47 +118,88 @@ def write_indices(index: np.ndarray, entries: int) -> tuple[int, bytes]:
 
 def read_indices(
   reader: wire.Reader, coding: int, count: int, entries: int
-) -> np.ndarray:
-  """The inverse of `write_indices`: [count] int64, increasing.
+) -> Iterator[np.ndarray]:
+  """The inverse of `write_indices`, so many at a time that little is allocated.
 
   Args:
-    reader: at the first byte of the indices.
+    reader: at the first byte of the indices; moved behind the last.
     coding: what the record says.
     count: number of indices, at most `entries`.
     entries: how many there could be.
 
   Returns:
-    The indices.
+    Arrays of increasing indices, int64, `count` of them in all.
 
   Raises:
-    wire.WireError: `write_indices` cannot have written them.
+    wire.WireError: `write_indices` cannot have written them. Some may have been
+      given by then.
   """
   if coding != int(index_bytes(count, entries)[0]):
     raise wire.WireError(f"index coding {coding:#04x} is not the shortest one")
   if count == 0:
-    return np.zeros(0, np.int64)
+    return iter(())
   if coding == BITMAP:
-    index = np.flatnonzero(_read_bits(reader, entries))
-    if index.size != count:
-      raise wire.WireError(f"bitmap has {index.size} entries, expected {count}")
-    return index
-  low = _read_bits(reader, count * coding).reshape(count, coding)
-  place = np.flatnonzero(_read_bits(reader, count + ((entries - 1) >> coding)))
-  if place.size != count:
-    raise wire.WireError(f"indices have {place.size} entries, expected {count}")
-  high = place - np.arange(count)
-  index = (high << coding) + low @ (1 << np.arange(coding, dtype=np.int64))
-  if index[-1] >= entries or not (np.diff(index) > 0).all():
-    raise wire.WireError("indices do not increase within the leaf")
-  return index
+    return _increasing(_ones(_read_string(reader, entries)), count, entries)
+  low = _read_string(reader, count * coding)
+  high = _read_string(reader, count + ((entries - 1) >> coding))
+
+  def indices():
+    done = 0
+    for place in _ones(high):
+      if done + place.size > count:
+        raise wire.WireError(f"more than the {count} indices announced")
+      index = place - np.arange(done, done + place.size)
+      yield (index << coding) | _numbers(low, coding, done, place.size)
+      done += place.size
+
+  return _increasing(indices(), count, entries)
 
 
-def _read_bits(reader: wire.Reader, count: int) -> np.ndarray:
-  raw = np.frombuffer(reader.take(-(-count // 8)), np.uint8)
-  bits = np.unpackbits(raw, bitorder="little")
-  if bits[count:].any():
+def _increasing(
+  indices: Iterator[np.ndarray], count: int, entries: int
+) -> Iterator[np.ndarray]:
+  """Gives on what it is given, checked."""
+  done, last = 0, -1
+  for index in indices:
+    if index.size:
+      if index[0] <= last or not (np.diff(index) > 0).all():
+        raise wire.WireError("indices do not increase")
+      last = int(index[-1])
+    done += index.size
+    if last >= entries or done > count:
+      raise wire.WireError(f"index {last}, {count} announced below {entries}")
+    yield index
+  if done != count:
+    raise wire.WireError(f"{done} indices, {count} announced")
+
+
+# So many bytes of a string of bits are taken apart at a time.
+_BYTES = 1 << 10
+
+
+def _read_string(reader: wire.Reader, bits: int) -> np.ndarray:
+  """The next bytes, which hold so many bits and then zeros."""
+  raw = np.frombuffer(reader.take(-(-bits // 8)), np.uint8)
+  if bits % 8 and raw[-1] >> (bits % 8):
     raise wire.WireError("padding bits are not zero")
-  return bits[:count]
+  return raw
+
+
+def _ones(string: np.ndarray) -> Iterator[np.ndarray]:
+  """Where the ones of a string of bits are."""
+  for start in range(0, string.size, _BYTES):
+    bits = np.unpackbits(string[start : start + _BYTES], bitorder="little")
+    yield 8 * start + np.flatnonzero(bits)
+
+
+def _numbers(
+  string: np.ndarray, width: int, first: int, count: int
+) -> np.ndarray:
+  """Numbers of `width` bits in a string of them, from the one at `first` on."""
+  start, end = first * width, (first + count) * width
+  part = np.unpackbits(string[start // 8 : -(-end // 8)], bitorder="little")
+  bits = part[start % 8 :][: end - start].reshape(count, width)
+  return bits @ (1 << np.arange(width, dtype=np.int64))
 
 
 def largest(
@@ -224,13 +265,18 @@ def largest(
     count = int.from_bytes(reader.take(4), "little")
     if count > entries:
       raise wire.WireError(f"{count} entries in a leaf of {entries}")
-    index = read_indices(reader, reader.take(1)[0], count, entries)
+    coding = reader.take(1)[0]
+    indices = read_indices(reader, coding, count, entries)
     sent = np.frombuffer(reader.take(4 * count), "<f4")
-    size = np.abs(sent)
-    if not ((size >= quantize.SMALLEST) & (size <= quantize.LARGEST)).all():
-      raise wire.WireError("a sparse value is zero, too large or no number")
     values = np.zeros(entries, np.float32)
-    values[index] = sent
+    done = 0
+    for index in indices:
+      part = sent[done : done + index.size]
+      size = np.abs(part)
+      if not ((size >= quantize.SMALLEST) & (size <= quantize.LARGEST)).all():
+        raise wire.WireError("a sparse value is zero, too large or no number")
+      values[index] = part
+      done += index.size
     return {"values": values.reshape(shape)}
 
   return codecs.LeafCodec(
@@ -259,7 +305,7 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
 
   Args:
     shape: the leaf's.
-    ratio: probability, in (0, 1].
+    ratio: probability, from 2^-24 to 1.
 
   Returns:
     The leaf's codec.
@@ -299,10 +345,12 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     return read(payload)[0] * factor
 
   def bins(payload):
-    # Before scaling, what was sent is exact; of the rest nothing is known.
+    # Before scaling, what was sent is exact but where it is the largest that
+    # can be; of the rest nothing is known.
     x, sent = read(payload)
-    reach = jnp.where(sent, 0.0, jnp.inf)
-    return x - reach, x + reach, reach
+    lower = jnp.where(sent & (x > -largest), x, -jnp.inf)
+    upper = jnp.where(sent & (x < largest), x, jnp.inf)
+    return lower, upper, jnp.where(sent, 0.0, jnp.inf)
 
   def num_bytes(payload):
     return 9 + 4 * jnp.sum(read(payload)[1], dtype=jnp.int32)
@@ -316,10 +364,11 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     wire.read_tag(reader, (TAG_RANDOM,))
     seed = np.frombuffer(reader.take(8), "<u4").astype(np.uint32)
     sent = host_mask(seed)
-    values = np.full(shape, np.nan, np.float32)
-    values[sent] = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
-    if not (np.abs(values[sent]) <= largest).all():
+    found = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
+    if not quantize.within(found, largest):
       raise wire.WireError("a value is too large or no number")
+    values = np.full(shape, np.nan, np.float32)
+    values[sent] = found
     return {"seed": seed, "values": values}
 
   return codecs.LeafCodec(

@@ -243,6 +243,8 @@ class Codec(NamedTuple):
     bins: payload -> Bins.
     records: payload -> how each leaf was sent, in the order of
       `jax.tree.leaves`; on the host.
+    agreement: what both sides must agree on, of which messages carry a hash:
+      the policy's name and, a line a leaf, path, shape and rule.
     proof: of a policy that chooses for each update, else None.
   """
 
@@ -254,6 +256,7 @@ class Codec(NamedTuple):
   unpack: Callable[..., Payload]
   bins: Callable[[Payload], Bins]
   records: Callable[[Payload], list[LeafRecord]]
+  agreement: str
   proof: Proof | None = None
 
 

@@ -153,7 +153,7 @@ def test_expected_errors_are_those_of_the_codec(stochastic, size):
     )
 
 
-@pytest.mark.parametrize("size", [37, 40, 48, 100])
+@pytest.mark.parametrize("size", [37, 40, 48, 100, 32_768, 33_333])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_choice_of_an_integer_equals_its_own_codec(rounding, size):
   # One program for all options gives what the program of each gives.

@@ -191,6 +191,48 @@ def test_vmap_equals_loop(case):
     assert int(sizes[i]) == int(size)
 
 
+@pytest.mark.parametrize(
+  "case",
+  [
+    case
+    if case in ("int8 static", "topk with feedback", "mixed_random")
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in CASES
+  ],
+)
+def test_scan_equals_loop(case):
+  """A client's rounds in one program, which carries its state along."""
+  codec, encode, read = built(case)
+  updates = [an_update(seed) for seed in range(3)]
+  keys = [jax.random.key(seed) for seed in range(3)]
+
+  def round_(state, sent):
+    payload, state = codec.encode(*sent, state)
+    return state, (codec.decode(payload), codec.num_bytes(payload))
+
+  state = codec.init(PARAMS)
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *updates)
+  last, (decoded, sizes) = jax.jit(
+    lambda state, sent: jax.lax.scan(round_, state, sent)
+  )(state, (jnp.stack(keys), stacked))
+  for i in range(3):
+    payload, state = encode(keys[i], updates[i], state)
+    one, size, _ = read(payload)
+    jax.tree.map(
+      lambda a, b, i=i: np.testing.assert_allclose(
+        a[i], b, rtol=1e-5, atol=1e-8
+      ),
+      decoded,
+      one,
+    )
+    assert int(sizes[i]) == int(size)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
+    last,
+    state,
+  )
+
+
 @cases
 def test_key_decides(case):
   assert_equal(sent(case, an_update(), 3), sent(case, an_update(), 3))

@@ -417,6 +417,13 @@ def w_payload(w):
       )
       for case in (("loop", "fed_avg"), ("vmap", "scaffold"))
     ),
+    pytest.param(
+      "vmap",
+      "fed_avg",
+      "nf4,ternary,qsgd(levels=300),float8(granularity=channel),"
+      "guarded(bytes=40000),int3(granularity=64,rounding=dither)",
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_bytes_of_a_whole_run_are_those_of_its_messages(

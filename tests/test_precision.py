@@ -156,6 +156,7 @@ def test_bad_rules(rules, message):
     ("paper", {"mode": "affine"}, "unknown option of paper"),
     ("mixed_random", {"rounding": "dither"}, "rounding"),
     ("topk", {"error_feedback": 3}, "error_feedback"),
+    ("randomk", {"ratio": 1e-8}, "at least 2"),
     ("missing.toml", {}, "the policy file missing.toml: No such file"),
     ("missing.toml", {"mode": "affine"}, "takes no options"),
   ],

@@ -20,6 +20,8 @@ hypothesis.settings.load_profile("numerics")
 
 # One length: every example of a property runs the same compiled program.
 SIZE = 37
+# Of an array that is reduced in rows, and is no multiple of what shares a byte.
+LARGE = 32_787
 values = hnp.arrays(
   np.float32,
   SIZE,
@@ -298,10 +300,14 @@ def step_of(x, bits, mode):
 @pytest.mark.parametrize("bits", some_widths)
 def test_nearest_properties(bits, mode):
   run = jitted(f"int{bits}", mode=mode)
+  large = jitted_of(LARGE, f"int{bits}", mode=mode)
 
   @hypothesis.given(values)
   def check(x):
     got = run(x)
+    # The same entries over and over have the same range.
+    again = large(np.resize(x, LARGE))
+    np.testing.assert_array_equal(again, np.resize(got, LARGE))
     step = step_of(x.astype(np.float64), bits, mode)
     # Half a step, and a whole one at the ends of an affine range, where the
     # zero point's own rounding comes on top.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from mpqfl_jax import bitpack, precision, wire
+from mpqfl_jax import bitpack, precision, specs, wire
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARAMS = {"conv1": {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 3))}}
@@ -152,11 +152,20 @@ def test_a_huge_message_is_refused_by_its_length():
   assert peak < 100_000
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "mixed_random", "topk"])
-def test_reading_allocates_at_most_the_templates_size(name):
+@pytest.mark.parametrize(
+  "spec",
+  [
+    *("int8", "int4", "int3", "int16", "int3(rounding=dither)", "mixed_random"),
+    *("none", "float16", "bfloat16", "float8", "sign", "ternary", "nf4"),
+    *("qsgd", "qsgd(levels=300)", "drive", "topk", "topk(ratio=0.24)"),
+    *("prune", "prune(ratio=0.001)", "randomk", "randomk(ratio=1.0)"),
+  ],
+)
+def test_reading_allocates_at_most_the_templates_size(spec):
+  name, options = specs.parse(spec)
   params = {"a": jnp.zeros((1000, 1000))}
   update = {"a": jax.random.normal(jax.random.key(0), (1000, 1000))}
-  codec, message = message_of(name, params, update)
+  codec, message = message_of(name, params, update, **options)
   codec.unpack(message)
   tracemalloc.start()
   codec.unpack(message)

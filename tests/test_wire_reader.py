@@ -28,17 +28,6 @@ CHOSEN = (
   wire_reader.WITHHELD,
   *(start + bits for start in (SYMMETRIC, AFFINE) for bits in range(1, 9)),
 )
-# Names in the fingerprint that differ from the codec's. None: the page names
-# neither the policy nor what its lines say of a rule.
-POLICIES = {
-  "none": "float32",
-  "dp_pbm": "private",
-  "dp_rqm": "private",
-  "withheld": None,
-  "mixed_random": None,
-  "budget": None,
-  "guarded": None,
-}
 
 
 def integers(bits, mode, rounding="nearest", block="tensor", **options):
@@ -188,27 +177,24 @@ def make(name, options, params):
 
 
 def sender(name, options, params):
-  """From an update and a seed to a message, what it decodes to, and rules."""
+  """What both sides agree on; update, seed -> message, what it decodes to."""
   codec = make(name, options, params)
   encode, decode = jax.jit(codec.encode), jax.jit(codec.decode)
 
   def send(update, seed=0):
     payload, _ = encode(jax.random.key(seed), update, codec.init(params))
-    words = [record.rule for record in codec.records(payload)]
     decoded = [np.asarray(x) for x in jax.tree.leaves(decode(payload))]
-    return codec.pack(payload), decoded, words
+    return codec.pack(payload), decoded
 
-  return send
+  return codec.agreement, send
 
 
-def template(rules, words):
+def template(rules):
   if isinstance(rules, Rule):
     rules = [rules] * len(SHAPES)
   return [
-    Leaf(path, shape, rule, text)
-    for (path, shape), rule, text in zip(
-      SHAPES.items(), rules, words, strict=True
-    )
+    Leaf(path, shape, rule)
+    for (path, shape), rule in zip(SHAPES.items(), rules, strict=True)
   ]
 
 
@@ -236,14 +222,13 @@ def is_exact(rule):
 )
 def test_reads_what_the_codec_decodes(case):
   name, options, rules = case
-  send = sender(name, options, PARAMS)
+  agreement, send = sender(name, options, PARAMS)
   coded = options is not None and "entropy" in options
-  policy = POLICIES.get(name.partition("(")[0], name.partition("(")[0])
+  leaves = template(rules)
   for seed in (0, 1):
-    message, decoded, words = send(an_update(seed), seed)
+    message, decoded = send(an_update(seed), seed)
     assert message[3] >> 4 == coded
-    leaves = template(rules, words)
-    arrays = wire_reader.read(message, policy, leaves, coded)
+    arrays = wire_reader.read(message, agreement, leaves, coded)
     # Of the largest value: twelve sums that round to 2^-24 stay below it.
     slack = 2e-6 * max(np.abs(x).max(initial=0) for x in decoded)
     for got, expected, leaf in zip(arrays, decoded, leaves, strict=True):
@@ -257,17 +242,17 @@ def test_reads_what_the_codec_decodes(case):
 def test_any_number_of_sparse_entries():
   """Every coding of indices, and no entry; 4096 bounds the string tightly."""
   params = {"large": jnp.zeros(4096)}
-  send = sender("topk", {"ratio": 1.0}, params)
+  agreement, send = sender("topk", {"ratio": 1.0}, params)
   rng = np.random.default_rng(0)
   order = rng.permutation(4096)
   codings = set()
   for count in (0, 1, 2, 3, 5, 8, 14, 20, 30, 60, 100, 200, 400, 900, 4096):
     update = np.zeros(4096, np.float32)
     update[order[:count]] = rng.standard_normal(count)
-    message, (decoded,), (words,) = send({"large": jnp.asarray(update)})
+    message, (decoded,) = send({"large": jnp.asarray(update)})
     codings.add(message[13])
-    leaf = Leaf("large", (4096,), Rule((0x0A,)), words)
-    (got,) = wire_reader.read(message, "topk", [leaf])
+    leaf = Leaf("large", (4096,), Rule((0x0A,)))
+    (got,) = wire_reader.read(message, agreement, [leaf])
     assert struct.unpack("<I", message[9:13]) == (count,)
     np.testing.assert_array_equal(got.astype(np.float32), decoded)
   assert codings == {0xFF, 2, 3, 4, 5, 6, 7, 8, 10}
@@ -280,17 +265,18 @@ def test_leaves_are_sorted_key_by_key():
     "a-b": jnp.full(1, 1.0),
     "a": {"b": jnp.full(1, 0.0)},
   }
-  message, _, _ = sender("none", {}, update)(update)
+  agreement, send = sender("none", {}, update)
+  message, _ = send(update)
   paths = ["a/b", "a-b", *(f"l/{i}" for i in range(11))]
-  leaves = [Leaf(path, (1,), Rule((0x01,)), "float32") for path in paths]
-  arrays = wire_reader.read(message, "float32", leaves)
+  leaves = [Leaf(path, (1,), Rule((0x01,))) for path in paths]
+  arrays = wire_reader.read(message, agreement, leaves)
   assert [array[0] for array in arrays] == [*range(13)]
 
 
 @functools.cache
 def a_message():
-  message, _, words = sender("int4", {}, PARAMS)(an_update())
-  return message, template(Rule((0x14,)), words)
+  agreement, send = sender("int4", {}, PARAMS)
+  return send(an_update())[0], agreement, template(Rule((0x14,)))
 
 
 def with_checksum(body):
@@ -298,25 +284,47 @@ def with_checksum(body):
 
 
 def test_refuses_any_flipped_bit():
-  message, leaves = a_message()
-  wire_reader.read(message, "int4", leaves)
+  message, agreement, leaves = a_message()
+  wire_reader.read(message, agreement, leaves)
   for bit in range(8 * len(message)):
     mutant = bytearray(message)
     mutant[bit // 8] ^= 1 << bit % 8
     with pytest.raises(Refused, match=r"magic|version|checksum"):
-      wire_reader.read(bytes(mutant), "int4", leaves)
+      wire_reader.read(bytes(mutant), agreement, leaves)
 
 
 def test_refuses_what_was_not_expected():
-  message, leaves = a_message()
+  message, agreement, leaves = a_message()
   other = [leaf._replace(rule=Rule((0x34,))) for leaf in leaves]
   narrow = [leaf._replace(shape=leaf.shape[:1]) for leaf in leaves]
-  for found, policy, template_, why in [
-    (message, "int5", leaves, "fingerprint"),
-    (message, "int4", narrow, "fingerprint"),
-    (message, "int4", other, "rule 14"),
-    (with_checksum(message[:-4] + b"\0"), "int4", leaves, "left over"),
-    (with_checksum(message[:-5]), "int4", leaves, "too short"),
+  for found, text, template_, why in [
+    (message, agreement.replace("int4", "int5", 1), leaves, "fingerprint"),
+    (message, agreement, narrow, "agreement"),
+    (message, agreement, other, "rule 14"),
+    (with_checksum(message[:-4] + b"\0"), agreement, leaves, "left over"),
+    (with_checksum(message[:-5]), agreement, leaves, "too short"),
   ]:
     with pytest.raises(Refused, match=why):
-      wire_reader.read(found, policy, template_)
+      wire_reader.read(found, text, template_)
+
+
+def test_an_agreement_is_as_the_page_has_it():
+  params = {"conv1": {"kernel": jnp.zeros((5, 5, 1, 12))}}
+  assert (
+    precision.make("int4", params).agreement
+    == "int4\nconv1/kernel [5, 5, 1, 12] int4 symmetric nearest"
+  )
+
+
+@pytest.mark.parametrize("values", [[1e20, 3e19, -2e20], [0.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+  "case", [drive(), rotated(8, "symmetric"), blocked("sign", 0x06, "tensor")]
+)
+def test_the_largest_and_the_least(case, values):
+  """Rotated entries end at 2^64, and a mean magnitude may be zero."""
+  name, options, rule = case
+  params = {"a": jnp.zeros(3)}
+  agreement, send = sender(name, options, params)
+  message, (decoded,) = send({"a": jnp.asarray(values, jnp.float32)})
+  (got,) = wire_reader.read(message, agreement, [Leaf("a", (3,), rule)])
+  np.testing.assert_allclose(got, decoded, rtol=2e-6, atol=2.0**-120)

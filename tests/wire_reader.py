@@ -60,12 +60,11 @@ class Rule(NamedTuple):
 
 
 class Leaf(NamedTuple):
-  """A leaf of the template; `words` name its rule in the fingerprint."""
+  """A leaf of the template."""
 
   path: str
   shape: tuple[int, ...]
   rule: Rule
-  words: str
 
 
 class Cursor:
@@ -97,7 +96,7 @@ def refuse_unless(holds: bool, why: str):
 
 
 def read(
-  message: bytes, policy: str | None, leaves: list[Leaf], entropy: bool = False
+  message: bytes, agreement: str, leaves: list[Leaf], entropy: bool = False
 ) -> list[np.ndarray]:
   """Decoded arrays, one a leaf, float64; the message is used up exactly."""
   refuse_unless(len(message) >= 12, "too short")
@@ -106,9 +105,9 @@ def read(
   refuse_unless(version == 4, "version")
   checksum = struct.unpack("<I", message[-4:])[0]
   refuse_unless(checksum == hash_of(message[:-4]), "checksum")
-  if policy is not None:
-    expected = hash_of(fingerprint_text(policy, leaves).encode())
-    refuse_unless(message[4:8] == struct.pack("<I", expected), "fingerprint")
+  check_agreement(agreement, leaves)
+  expected = struct.pack("<I", hash_of(agreement.encode()))
+  refuse_unless(message[4:8] == expected, "fingerprint")
   refuse_unless(coding == 0 or (coding == 1 and entropy), "entropy coding")
   records = message[8:-4]
   cursor = Cursor(decompressed(records) if coding else records)
@@ -124,9 +123,13 @@ def hash_of(data: bytes) -> int:
   return xxhash.xxh32(data, seed=0).intdigest()
 
 
-def fingerprint_text(policy: str, leaves: list[Leaf]) -> str:
-  lines = [f"{leaf.path} {list(leaf.shape)} {leaf.words}" for leaf in leaves]
-  return "\n".join([policy, *lines])
+def check_agreement(text: str, leaves: list[Leaf]):
+  """That a text of policy and leaves has their paths, shapes and some rule."""
+  _, *lines = text.split("\n")
+  refuse_unless(len(lines) == len(leaves), "agreement")
+  for line, leaf in zip(lines, leaves, strict=True):
+    start = f"{leaf.path} {list(leaf.shape)} "
+    refuse_unless(line.startswith(start) and line != start, "agreement")
 
 
 def decompressed(frame: bytes) -> bytes:
@@ -184,13 +187,15 @@ def blocks(shape: tuple[int, ...], block: int | str) -> list[int]:
   return [0] * n
 
 
-def read_scales(cursor: Cursor, count: int, power_of_two: bool) -> list[float]:
+def read_scales(
+  cursor: Cursor, count: int, power_of_two: bool, least: float = 2.0**-126
+) -> list[float]:
   if power_of_two:
     scales = [math.ldexp(1.0, e - 127) for e in cursor.take(count)]
     refuse_unless(all(2.0**-127 < s < 2.0**128 for s in scales), "scale")
     return scales
   scales = cursor.floats(count)
-  refuse_unless(all(s > 0 for s in scales), "scale")
+  refuse_unless(all(s >= least for s in scales), "scale")
   return scales
 
 
@@ -211,7 +216,8 @@ def read_grid(cursor: Cursor, shape: tuple[int, ...], rule: Rule, tag: int):
   seed = cursor.numbers("I", 2) if dither else None
   block = blocks(shape, rule.block)
   count = max(block) + 1
-  scales = read_scales(cursor, count, rule.power_of_two)
+  least = 0.0 if tag == SIGN else 2.0**-126
+  scales = read_scales(cursor, count, rule.power_of_two, least)
   zeros = [(levels - 1) / 2] * count
   if affine:
     zeros = cursor.numbers("B" if levels <= 256 else "H", count)
@@ -322,7 +328,7 @@ def read_sparse(cursor: Cursor, n: int):
   count = cursor.numbers("I", 1)[0]
   refuse_unless(count <= n, "more entries than the leaf has")
   coding = cursor.take(1)[0]
-  if count == 0:  # the page is silent: a bitmap without its bytes
+  if count == 0:
     refuse_unless(coding == 0xFF, f"coding {coding} of nothing")
     return np.zeros(n)
   sizes = {r: elias_fano_bytes(n, count, r) for r in range(32)}
@@ -410,7 +416,8 @@ def read_rotated(cursor: Cursor, n: int, inner: Rule):
   sent = read_record(cursor, (padded,), inner).reshape(
     -1, columns, d // columns
   )
-  products = sent.transpose(0, 2, 1).reshape(-1, d)
+  products = np.clip(sent, -(2.0**64), 2.0**64)
+  products = products.transpose(0, 2, 1).reshape(-1, d)
   # The matrix over sqrt(d) is symmetric and its own inverse.
   turned = [hadamard(block) / math.sqrt(d) for block in products]
   signs = [-1.0 if entry(seed, i) >> 31 else 1.0 for i in range(padded)]
