@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpqfl_jax import precision, specs
 from mpqfl_jax.report import distortion
 
 UPDATE = {
@@ -38,12 +39,52 @@ def test_rate_and_distortion_in_closed_form():
   )
 
 
+def test_every_codec_is_in_the_figure():
+  lines = distortion.panels(10_000).values()
+  shown = {
+    specs.parse(spec)[0]
+    for curves in lines
+    for codecs in curves.values()
+    for spec in codecs
+  }
+  # What sends all or nothing, and widths between those that are shown.
+  rest = {"none", "float32", "withheld", "int7"}
+  assert shown == set(precision.CODECS) - rest
+  for curves in lines:
+    for codecs in curves.values():
+      for spec in codecs:
+        name, options = specs.parse(spec)
+        precision.make(name, UPDATE, **options)
+
+
 def test_every_curve_is_drawn():
   curves = {
-    label: [distortion.Point(c, 2.0**i, 6.0 * i) for i, c in enumerate(codecs)]
-    for label, codecs in distortion.CURVES.items()
+    title: {
+      label: [distortion.Point(c, 1.0 + i, 6.0 * i) for i, c in enumerate(all_)]
+      for label, all_ in lines.items()
+    }
+    for title, lines in distortion.panels(10_000).items()
   }
   fig = distortion.draw(curves)
   fig.canvas.draw()
-  labels = [text.get_text() for text in fig.legends[0].get_texts()]
-  assert labels == list(curves)
+  assert [ax.get_title(loc="left") for ax in fig.axes] == list(curves)
+  for ax, lines in zip(fig.axes, curves.values(), strict=True):
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [label.split(" (")[0] for label in labels] == [
+      label.split(" (")[0] for label in lines
+    ]
+    # None runs out of its panel.
+    frame = ax.get_window_extent()
+    assert ax.get_legend().get_window_extent().x1 <= frame.x1
+
+
+def test_what_lies_beyond_the_axes_is_told():
+  points = [
+    distortion.Point("int8", 8.0, 40.0),
+    distortion.Point("int16", 16.0, 89.0),
+  ]
+  fig = distortion.draw(
+    {"all": {"symmetric": points}, "none": {"a": points[:1]}}
+  )
+  (label,) = fig.axes[0].get_legend().get_texts()
+  assert label.get_text() == "symmetric (16 bits: 89 dB)"

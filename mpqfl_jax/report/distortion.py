@@ -107,7 +107,7 @@ class Point(NamedTuple):
 
 
 def measure(update: Update, codecs: Iterable[str], key: Key) -> list[Point]:
-  """Encodes, packs, unpacks and decodes an update with each codec.
+  """Encodes, packs and decodes an update with each codec.
 
   Args:
     update: what a client wants to send.
@@ -151,7 +151,7 @@ def draw(
   """
   columns = -(-len(curves) // 2)
   fig = style.new_figure(3.7 * columns, 8.6)
-  axes = fig.subplots(2, columns, sharex=True, sharey=True)
+  axes = fig.subplots(2, columns, sharex=True, sharey=True, squeeze=False)
   every = {label: p for lines in curves.values() for label, p in lines.items()}
   for ax, (title, lines) in zip(axes.flat, curves.items(), strict=False):
     if REFERENCE not in lines:
