@@ -21,6 +21,7 @@ BLOCK = 4096
 # Keeps sums over a block finite in both directions.
 _LARGEST = np.float32(2.0**64)
 _FACTOR = 64
+_MANY = 64
 _SEED = wire.Field("rotation", np.dtype(np.uint32), (2,), lambda seed: True)
 
 
@@ -70,8 +71,8 @@ def rotated(
   Args:
     shape: the leaf's.
     inner_of: (shape, block) -> the codec of the rotated entries. Blocks have
-      4096 entries, or the next power of two of a smaller leaf; zeros fill the
-      last one.
+      `block` of them, the last one may have fewer: 4096, and the next power of
+      two of what is left (4096 again after 64 blocks), which zeros fill.
 
   Returns:
     The leaf's codec.
@@ -79,10 +80,19 @@ def rotated(
   entries = math.prod(shape)
   if entries == 0:
     return codecs.empty(shape)
-  block = min(BLOCK, 1 << (entries - 1).bit_length())
-  first = min(block, _FACTOR)
-  rows = -(-entries // block)
-  inner = inner_of((rows * block,), block)
+  blocks = _blocks(entries)
+  block = blocks[0][1]
+  padded = sum(rows * size for rows, size in blocks)
+  inner = inner_of((padded,), block)
+
+  def turned(y: Array, forth: bool) -> Array:
+    """Rotates [padded] entries block by block, or back."""
+    parts = []
+    for part in _cut(y, blocks):
+      size = part.shape[-1]
+      first = min(size, _FACTOR)
+      parts.append(hadamard(part, first if forth else size // first))
+    return _join(parts)
 
   def encode(seed, x, state):
     # The inner codec rounds by the seed, which who sees the rotation's must not
@@ -90,23 +100,24 @@ def rotated(
     key = jax.random.wrap_key_data(seed, impl="threefry2x32")
     rotation = jax.random.bits(key, (2,), jnp.uint32)
     x = jnp.clip(quantize.finite(x), -_LARGEST, _LARGEST).reshape(-1)
-    y = jnp.pad(x, (0, rows * block - entries)).reshape(rows, block)
-    y = hadamard(y * signs(rotation, y.shape), first).reshape(-1)
+    y = jnp.pad(x, (0, padded - entries))
+    y = turned(y * signs(rotation, y.shape), forth=True)
     payload, state = inner.encode(seed, y, state)
     return {"rotation": rotation, "inner": payload}, state
 
   def decode(payload):
     y = jnp.clip(inner.decode(payload["inner"]), -_LARGEST, _LARGEST)
-    y = hadamard(y.reshape(rows, block), block // first)
-    x = y * signs(payload["rotation"], y.shape)
-    return x.reshape(-1)[:entries].reshape(shape)
+    x = turned(y, forth=False) * signs(payload["rotation"], y.shape)
+    return x[:entries].reshape(shape)
 
   def bins(payload):
     _, _, variance = inner.bins(payload["inner"])
     # Rotating back spreads the error of a block evenly over its entries.
-    mean = jnp.mean(variance.reshape(rows, block), 1, keepdims=True)
-    variance = jnp.broadcast_to(mean, (rows, block))
-    variance = variance.reshape(-1)[:entries].reshape(shape)
+    means = [
+      jnp.broadcast_to(jnp.mean(part, 1, keepdims=True), part.shape)
+      for part in _cut(variance, blocks)
+    ]
+    variance = _join(means)[:entries].reshape(shape)
     far = jnp.full(shape, jnp.inf, jnp.float32)
     return -far, far, variance
 
@@ -133,3 +144,26 @@ def rotated(
     bins=bins,
     rule=lambda payload: f"rotated {inner.rule(payload['inner'])}",
   )
+
+
+def _blocks(entries: int) -> list[tuple[int, int]]:
+  """How many blocks of what size a leaf is cut into, one or two sizes."""
+  whole, rest = divmod(entries, BLOCK)
+  last = 1 << (rest - 1).bit_length() if rest else 0
+  # In a large leaf a smaller block would save a percent and cost a copy.
+  if last == BLOCK or (last and whole >= _MANY):
+    whole, last = whole + 1, 0
+  return [(n, d) for n, d in ((whole, BLOCK), (1, last)) if n * d]
+
+
+def _cut(y: Array, blocks: list[tuple[int, int]]) -> list[Array]:
+  parts, at = [], 0
+  for rows, size in blocks:
+    parts.append(y[at : at + rows * size].reshape(rows, size))
+    at += rows * size
+  return parts
+
+
+def _join(parts: list[Array]) -> Array:
+  flat = [part.reshape(-1) for part in parts]
+  return flat[0] if len(flat) == 1 else jnp.concatenate(flat)

@@ -70,7 +70,7 @@ def test_a_message_is_a_header_a_frame_and_a_checksum():
     codec, plain = codec_of(name), precision.make(name, PARAMS)
     message, long = message_of(codec, update), message_of(plain, update)
     assert len(message) < len(long)
-    assert message[:4] == b"MPQ\x13" and message[4:8] == long[4:8]
+    assert message[:4] == b"MPQ\x14" and message[4:8] == long[4:8]
     records = zstandard.ZstdDecompressor().decompress(message[8:-4])
     assert records == long[8:-4]
     assert message[-4:] == xxhash.xxh32_digest(message[:-4])[::-1]

@@ -273,6 +273,21 @@ def test_leaves_are_sorted_key_by_key():
   assert [array[0] for array in arrays] == [*range(13)]
 
 
+@pytest.mark.parametrize("entries", [5880, 8192, 64 * 4096 - 1, 64 * 4096 + 9])
+def test_blocks_of_a_rotation(entries):
+  """Their last one is smaller, but in a large leaf."""
+  params = {"a": jnp.zeros(entries)}
+  agreement, send = sender("drive", {}, params)
+  update = np.random.default_rng(1).standard_normal(entries)
+  message, (decoded,) = send({"a": jnp.asarray(update, jnp.float32)})
+  leaf = Leaf("a", (entries,), drive()[2])
+  (got,) = wire_reader.read(message, agreement, [leaf])
+  np.testing.assert_allclose(got, decoded, atol=1e-5)
+  scales = -(-entries // 4096)
+  bits = 8 * (len(message) - 12 - 1 - 8 - 1 - 4 * scales)
+  assert bits == {5880: 4096 + 2048, 8192: 8192}.get(entries, scales * 4096)
+
+
 @functools.cache
 def a_message():
   agreement, send = sender("int4", {}, PARAMS)

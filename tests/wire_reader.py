@@ -410,16 +410,19 @@ def draw(seed: list[int], i: int) -> float:
 def read_rotated(cursor: Cursor, n: int, inner: Rule):
   """Entries before their rotation; the padding is cut off."""
   seed = cursor.numbers("I", 2)
-  d = min(4096, 1 << (n - 1).bit_length())
-  padded = -(-n // d) * d
-  columns = min(d, 64)
-  sent = read_record(cursor, (padded,), inner).reshape(
-    -1, columns, d // columns
-  )
-  products = np.clip(sent, -(2.0**64), 2.0**64)
-  products = products.transpose(0, 2, 1).reshape(-1, d)
-  # The matrix over sqrt(d) is symmetric and its own inverse.
-  turned = [hadamard(block) / math.sqrt(d) for block in products]
+  sizes = [4096] * (n // 4096)
+  if n % 4096:
+    last = 1 << (n % 4096 - 1).bit_length()
+    sizes.append(last if len(sizes) < 64 else 4096)
+  padded = sum(sizes)
+  sent = read_record(cursor, (padded,), inner)
+  sent = np.clip(sent, -(2.0**64), 2.0**64)
+  turned = []
+  for d, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+    columns = min(d, 64)
+    product = sent[end - d : end].reshape(columns, d // columns).T.reshape(d)
+    # The matrix over sqrt(d) is symmetric and its own inverse.
+    turned.append(hadamard(product) / math.sqrt(d))
   signs = [-1.0 if entry(seed, i) >> 31 else 1.0 for i in range(padded)]
   return (np.concatenate(turned) * signs)[:n]
 
