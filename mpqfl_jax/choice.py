@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import bitpack, codecs, counter, numerics, quantize, wire
+from mpqfl_jax import (
+  bitpack,
+  blocking,
+  codecs,
+  counter,
+  numerics,
+  quantize,
+  wire,
+)
 from mpqfl_jax.errors import UserError
 from mpqfl_jax.types import Array
 
@@ -124,15 +132,15 @@ def encode_as(menu: Menu, choice: Array, seed: Array, x: Array) -> dict:
     The payload of `leaf`.
   """
   x = jnp.asarray(x, jnp.float32)
-  x = x.reshape(codecs.shape_in_rows(x.size, levels=256))
+  x = x.reshape(blocking.shape_in_rows(x.size, levels=256))
   kind, low, levels = (
     jnp.asarray(table)[choice] for table in (menu.kind, menu.low, menu.levels)
   )
   stochastic = menu.rounding == "stochastic"
-  uniform = codecs.draws(seed, x.shape) if stochastic else None
+  uniform = blocking.draws(seed, x.shape) if stochastic else None
   if uniform is not None and 3 in menu.levels:
     # Three-valued codes lie in other rows, which are drawn for otherwise.
-    three = codecs.draws(seed, codecs.shape_in_rows(x.size, levels=3))
+    three = blocking.draws(seed, blocking.shape_in_rows(x.size, levels=3))
     uniform = jnp.where(levels == 3, three.reshape(x.shape), uniform)
   low = low.astype(jnp.float32)
   high = low + jnp.maximum(levels - 1, 1).astype(jnp.float32)

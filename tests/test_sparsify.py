@@ -146,19 +146,26 @@ def test_randomk_knows_what_it_saturated():
     assert np.isfinite(leaf.decode(payload)).all()
 
 
-def test_sparse_record_is_checked():
-  x = np.zeros(5000, np.float32)
-  x[[3, 70, 4999]] = 1.0, -2.0, 3.0
-  leaf = precision.leaf_codec("topk", x.shape, {"ratio": 0.01})
+@pytest.mark.parametrize(
+  "entries, kept", [(5000, 3), (30_000, 300), (20_000, 9_000)]
+)
+def test_sparse_record_is_checked(entries, kept):
+  """Few entries and many, which are read in pieces."""
+  x = np.zeros(entries, np.float32)
+  x[:: entries // kept] = -2.0
+  x[-1] = 3.0
+  leaf = precision.leaf_codec("topk", x.shape, {"ratio": 1.0})
   payload, _ = leaf.encode(None, jnp.asarray(x), ())
   record = b"".join(bytes(part) for part in leaf.pack(payload))
   leaf.unpack(wire.Reader(memoryview(record)))
+  # Of the values, few are enough.
+  ahead = len(record) - 4 * np.count_nonzero(x) + 4
   rng = np.random.default_rng(0)
   refused = 0
   for _ in range(2000):
     broken = bytearray(record)
     for _ in range(rng.integers(1, 4)):
-      broken[rng.integers(len(broken))] = rng.integers(256)
+      broken[rng.integers(ahead)] = rng.integers(256)
     reader = wire.Reader(memoryview(bytes(broken)))
     try:
       read = leaf.unpack(reader)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import zstandard
 
-from mpqfl_jax import precision, wire
+from mpqfl_jax import defenses, precision, wire
+from mpqfl_jax import entropy as entropies
 
 PARAMS = {
   "conv1": {"bias": jnp.zeros(5), "kernel": jnp.zeros((3, 3, 2, 5))},
@@ -39,7 +40,21 @@ VARIANTS = [
   ("qsgd", {"levels": 300}),
   ("topk", {"ratio": 0.04}),
   ("prune", {"ratio": 0.4}),
+  ("float8", {"format": "e5m2", "granularity": 16}),
+  ("int8", {"range": "static", "granularity": "channel"}),
+  # Specs and nothing else: the codecs of defences.
+  ("dp_pbm(trials=300)", None),
+  ("dp_rqm(levels=5)", None),
 ]
+
+
+def codec_of(name: str, options: dict | None, entropy: str = "none"):
+  """A codec of `PARAMS`."""
+  if options is not None:
+    return precision.make(name, PARAMS, **options, entropy=entropy)
+  codec = defenses.make(name, PARAMS).codec
+  coding = entropies.make(entropy)
+  return codec if coding is None else entropies.coded(codec, coding)
 
 
 def build(entropy: str) -> list:
@@ -53,8 +68,7 @@ def build(entropy: str) -> list:
   period = {"none": 1000, "zstd": 7}[entropy]
   built = []
   for name, options in [*cases, *VARIANTS]:
-    plain = precision.make(name, PARAMS, **options)
-    codec = precision.make(name, PARAMS, **options, entropy=entropy)
+    plain, codec = (codec_of(name, options, e) for e in ("none", entropy))
     encode = jax.jit(codec.encode)
     messages = []
     for seed in range(4):
@@ -66,7 +80,7 @@ def build(entropy: str) -> list:
       )
       payload, _ = encode(jax.random.key(seed), sent, codec.init(PARAMS))
       messages.append(codec.pack(payload))
-    title = name + "".join(f" {k}={v}" for k, v in options.items())
+    title = name + "".join(f" {k}={v}" for k, v in (options or {}).items())
     built.append((title, codec, plain, jax.jit(codec.decode), messages))
   return built
 
