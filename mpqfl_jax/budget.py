@@ -52,7 +52,7 @@ class Allocation(NamedTuple):
     picked: [leaves] int32, option of each leaf.
     value: [] float32, the objective.
     bound: [] float32, no choice within the bounds has a lower objective;
-      infinite where none is within the bounds.
+      infinite where none was found that is within them.
   """
 
   picked: Array
@@ -137,8 +137,8 @@ def _by_price(value: Array, cost: Array, budget: Array | int) -> Allocation:
     price = jnp.exp2(power) * unit
     total = value + price * cost
     index = jnp.argmin(total, 1)
-    dual = jnp.sum(jnp.min(total, 1)) - price * budget
-    return index, dual
+    spent, limit = jnp.sum(jnp.min(total, 1)), price * budget
+    return index, spent - limit - _rounding(spent + limit, value)
 
   def halve(_, bracket):
     low, high, bound = bracket
@@ -178,8 +178,9 @@ def least_leakage(
     max_error: [] float32.
 
   Returns:
-    The allocation. It always fits the budget; where no choice that does keeps
-    the error bound, it is the one of least error (and the bound is infinite).
+    The allocation. It always fits the budget; where no choice is found that
+    keeps the error bound, too, it is the one of least error, as `cheapest` has
+    it (and the bound is infinite).
   """
   unit = jnp.max(leakage) / jnp.maximum(jnp.max(error), 1e-30)
 
@@ -189,10 +190,12 @@ def least_leakage(
     price = jnp.exp2(middle) * unit
     found = _by_price(leakage + price * error, cost, budget)
     fits = _total(error, found.picked) <= max_error
+    paid = price * max_error
+    dual = found.bound - paid - _rounding(jnp.abs(found.bound) + paid, error)
     return (
       jnp.where(fits, low, middle),
       jnp.where(fits, middle, high),
-      jnp.maximum(bound, found.bound - price * max_error),
+      jnp.maximum(bound, dual),
       jnp.where(fits, found.picked, best),
     )
 
@@ -201,7 +204,7 @@ def least_leakage(
   _, _, bound, index = jax.lax.fori_loop(0, _OUTER_STEPS, halve, start)
   # As if there were no bound on the cost, where it often does not matter.
   cell = jnp.maximum(max_error, 1e-30) / _CELLS
-  taken = jnp.clip(error / cell, 0, _CELLS + 1)
+  taken = jnp.clip(error / cell, 0, _CELLS + 2)
   up = jnp.ceil(taken).astype(jnp.int32)
   # Less what float32 may have rounded up.
   down = jnp.floor(taken * np.float32(1 - 2.0**-20)).astype(jnp.int32)
@@ -315,7 +318,8 @@ def budget(params: Params, bytes: int, rounding: str = "nearest") -> Codec:
   def choose(energy, error, cost, limit):
     return cheapest(error, cost, limit)
 
-  return _allocated("budget", params, bytes, rounding, choose, "squared error")
+  what = "expected squared error"
+  return _allocated("budget", params, bytes, rounding, choose, what)
 
 
 def guarded(
@@ -400,6 +404,11 @@ def _allocated(
 
 def _finite_leaves(update: Update) -> list[Array]:
   return [quantize.finite(x) for x in jax.tree.leaves(update)]
+
+
+def _rounding(size: Array, table: Array) -> Array:
+  """What float32 may add to sums over leaves of numbers as large as `size`."""
+  return size * np.float32(len(table) * 2.0**-23)
 
 
 def _total(table: Array, index: Array) -> Array:

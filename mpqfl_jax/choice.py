@@ -192,7 +192,6 @@ def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
     return codecs.empty(shape)
   rounding = menu.rounding
   stochastic = rounding == "stochastic"
-  reach, share = (1.0, 6.0) if stochastic else (0.5, 12.0)
   sizes = record_bytes(menu, entries)
   tags = [TAG_WITHHELD if n is None else n.tag for n in menu.numerics]
   float16 = numerics.cast("float16", rounding)
@@ -223,11 +222,8 @@ def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
     return select(payload, 0.0, half, linear(payload))
 
   def bins(payload):
-    value, scale = linear(payload), payload["scale"]
-    half = reach * scale + (jnp.abs(value) + scale) * numerics.SLACK
-    half = jnp.maximum(half, quantize.SMALLEST)
-    variance = jnp.broadcast_to(scale * scale / share, value.shape)
-    as_linear = value - half, value + half, variance
+    value = linear(payload)
+    as_linear = numerics.grid_bins(value, payload["scale"], rounding)
     as_half = float16.bins(payload["codes"], {}, None)
     withheld = -jnp.inf, jnp.inf, jnp.inf
     parts = zip(withheld, as_half, as_linear, strict=True)
@@ -253,16 +249,15 @@ def leaf(shape: codecs.Shape, menu: Menu) -> codecs.LeafCodec:
       "choice": np.uint8(choice),
       "scale": np.float32(0),
       "zero_point": np.uint8(0),
-      "codes": np.zeros(entries, np.uint16),
     }
     numeric = menu.numerics[choice]
-    if numeric is not None:
-      fields = codecs.fields_of(numeric, entries, blocks=1)
-      sent = wire.read_fields(fields, reader)
-      payload |= {name: sent[name][0] for name in numeric.side}
-      codes = bitpack.unpack(sent["codes"], entries, numeric.levels, np)
-      payload["codes"] = codes.astype(np.uint16)
-    return payload
+    if numeric is None:
+      return payload | {"codes": np.zeros(entries, np.uint16)}
+    fields = codecs.fields_of(numeric, entries, blocks=1)
+    sent = wire.read_fields(fields, reader)
+    payload |= {name: sent[name][0] for name in numeric.side}
+    codes = bitpack.unpack(sent["codes"], entries, numeric.levels, np)
+    return payload | {"codes": codes.astype(np.uint16)}
 
   names = [" ".join(option).strip() for option in menu.options]
   return codecs.LeafCodec(

@@ -23,6 +23,7 @@ from mpqfl_jax import (
   trees,
   wire,
 )
+from mpqfl_jax.errors import UserError
 from mpqfl_jax.types import Array, Bins, Codec, LeafRecord, PyTree
 
 Shape = blocking.Shape
@@ -298,6 +299,10 @@ def per_leaf(name: str, template: PyTree, leaves: list[LeafCodec]) -> Codec:
   agreement = agreement_of(name, template, [leaf.name for leaf in leaves])
   print_ = wire.fingerprint(agreement)
   most = wire.OVERHEAD + sum(leaf.max_bytes for leaf in leaves)
+  if most >= 2**31:
+    raise UserError(
+      f"{name}: messages of up to {most:,} bytes. Expected less than 2 GiB."
+    )
 
   def init(params):
     return tuple(leaf.init() for leaf in leaves)

@@ -260,17 +260,10 @@ def _linear(
 
   def bins(codes, side, uniform):
     value = decode(codes, side, uniform)
-    scale = grid_of(side).scale
-    reach = 1.0 if rounding == "stochastic" else 0.5
-    half = reach * scale + (jnp.abs(value) + scale) * SLACK
-    # Of the smallest scale, half a step would be no normal number.
-    half = jnp.maximum(half, quantize.SMALLEST)
-    lower, upper = value - half, value + half
+    lower, upper, variance = grid_bins(value, grid_of(side).scale, rounding)
     if saturates:
       lower = jnp.where(codes == 0, -jnp.inf, lower)
       upper = jnp.where(codes == levels - 1, jnp.inf, upper)
-    share = 6.0 if rounding == "stochastic" else 12.0
-    variance = jnp.broadcast_to(scale * scale / share, value.shape)
     return lower, upper, variance
 
   return Numerics(
@@ -285,6 +278,27 @@ def _linear(
     bins,
     _between(0, levels - 1),
   )
+
+
+def grid_bins(
+  value: Array, scale: Array, rounding: str
+) -> tuple[Array, Array, Array]:
+  """What a value on a grid, or a dithered one, says of the entry it stands for.
+
+  Args:
+    value: decoded.
+    scale: of the grid, broadcasts against `value`.
+    rounding: one of `ROUNDINGS`.
+
+  Returns:
+    lower, upper and variance like `value`, see `types.Bins`.
+  """
+  reach, share = (1.0, 6.0) if rounding == "stochastic" else (0.5, 12.0)
+  # What is no normal number is flushed: half a step, and a value with dither.
+  half = jnp.maximum(reach * scale, quantize.SMALLEST) + quantize.SMALLEST
+  half = half + (jnp.abs(value) + scale) * SLACK
+  variance = jnp.broadcast_to(scale * scale / share, value.shape)
+  return value - half, value + half, variance
 
 
 def cast(name: str, rounding: str = "nearest") -> Numerics:
@@ -410,13 +424,18 @@ def sign(unbiased: bool = False) -> Numerics:
     # Of a normal variable x: E(|x| - E|x|)^2 = (pi / 2 - 1) (E|x|)^2.
     return lower, upper, (np.pi / 2 - 1) * scale * scale
 
-  limit = quantize.LARGEST * np.float32(1 + 2.0**-20)
+  within = _between(0.0, quantize.LARGEST * np.float32(1 + 2.0**-20))
+
+  def check(scale):
+    least = (scale == 0) & ~np.signbit(scale) | (scale >= quantize.SMALLEST)
+    return within(scale) and bool(least.all())
+
   return Numerics(
     "sign unbiased" if unbiased else "sign",
     0x06,
     2,
     "nearest",
-    {"scale": SideField(np.float32, _between(0.0, limit))},
+    {"scale": SideField(np.float32, check)},
     fit,
     lambda y, side, uniform: (y >= 0) | jnp.isnan(y),
     decode,

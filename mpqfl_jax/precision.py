@@ -428,7 +428,10 @@ def table(
   objective, gap = codec.proof
   over = float(jax.jit(gap)(update))
   if np.isinf(over):
-    return f"{text}\nno choice keeps the bounds: sent with the least error"
+    return (
+      f"{text}\nno choice was found that keeps the bounds: sent with the least"
+      " error"
+    )
   if over < 1e-6:  # The rounding of float32's sums.
     return f"{text}\n{objective}: the least possible"
   return f"{text}\n{objective}: within {100 * over:.2g}% of the least possible"

@@ -88,7 +88,8 @@ def index_bytes(count: Array | int, entries: int) -> tuple[Array, Array]:
   """
   xp = np if isinstance(count, (int, np.integer)) else jnp
   shift = np.arange(entries.bit_length(), dtype=np.int32)
-  low = -(-(count * shift) // 8)
+  # The product itself would overflow in leaves of many millions.
+  low = count // 8 * shift + (count % 8 * shift + 7) // 8
   high = -(-(count + ((entries - 1) >> shift)) // 8)
   sizes = low + high
   best = xp.argmin(sizes)
@@ -328,9 +329,6 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
 
   compiled_mask = jax.jit(mask)
 
-  def host_mask(seed):
-    return np.asarray(compiled_mask(seed))
-
   def encode(seed, x, state):
     # What is decoded, not only what is sent, stays finite.
     x = jnp.clip(quantize.finite(x), -largest, largest)
@@ -350,7 +348,8 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     x, sent = read(payload)
     lower = jnp.where(sent & (x > -largest), x, -jnp.inf)
     upper = jnp.where(sent & (x < largest), x, jnp.inf)
-    return lower, upper, jnp.where(sent, 0.0, jnp.inf)
+    known = (lower > -jnp.inf) & (upper < jnp.inf)
+    return lower, upper, jnp.where(known, 0.0, jnp.inf)
 
   def num_bytes(payload):
     return 9 + 4 * jnp.sum(read(payload)[1], dtype=jnp.int32)
@@ -363,13 +362,18 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   def unpack(reader):
     wire.read_tag(reader, (TAG_RANDOM,))
     seed = np.frombuffer(reader.take(8), "<u4").astype(np.uint32)
-    sent = host_mask(seed)
-    found = np.frombuffer(reader.take(4 * int(sent.sum())), "<f4")
+    sent = np.asarray(compiled_mask(seed))
+    found = np.frombuffer(reader.take(4 * np.count_nonzero(sent)), "<f4")
+    # As bits, for which there is room beside the values.
+    sent = np.packbits(sent, bitorder="little")
     if not quantize.within(found, largest):
       raise wire.WireError("a value is too large or no number")
-    values = np.full(shape, np.nan, np.float32)
-    values[sent] = found
-    return {"seed": seed, "values": values}
+    values = np.full(entries, np.nan, np.float32)
+    done = 0
+    for place in _ones(sent):
+      values[place] = found[done : done + place.size]
+      done += place.size
+    return {"seed": seed, "values": values.reshape(shape)}
 
   return codecs.LeafCodec(
     name=name,

@@ -180,6 +180,7 @@ class Bins(NamedTuple):
   """What a payload says about the update that went in, entry by entry.
 
   An adversary who knows the codec uses this instead of the decoded value.
+  Entries below 2^-126 count as zero, those beyond ±2^126 as that.
 
   Attributes:
     lower, upper: pytrees like the update, float32: the interval that the entry

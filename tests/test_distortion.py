@@ -70,21 +70,23 @@ def test_every_curve_is_drawn():
   assert [ax.get_title(loc="left") for ax in fig.axes] == list(curves)
   for ax, lines in zip(fig.axes, curves.values(), strict=True):
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert [label.split(" (")[0] for label in labels] == [
-      label.split(" (")[0] for label in lines
-    ]
+    assert len(labels) == len(lines)
+    for label, name in zip(labels, lines, strict=True):
+      assert label == name or label.startswith(f"{name} (")
     # None runs out of its panel.
     frame = ax.get_window_extent()
-    assert ax.get_legend().get_window_extent().x1 <= frame.x1
+    legend = ax.get_legend().get_window_extent()
+    assert legend.x1 <= frame.x1 and legend.y0 >= frame.y0
 
 
 def test_what_lies_beyond_the_axes_is_told():
   points = [
     distortion.Point("int8", 8.0, 40.0),
     distortion.Point("int16", 16.0, 89.0),
+    distortion.Point("randomk", 1.0, -20.0),
   ]
   fig = distortion.draw(
     {"all": {"symmetric": points}, "none": {"a": points[:1]}}
   )
   (label,) = fig.axes[0].get_legend().get_texts()
-  assert label.get_text() == "symmetric (16 bits: 89 dB)"
+  assert label.get_text() == "symmetric (16 bits: 89 dB, 1 bits: -20 dB)"

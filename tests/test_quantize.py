@@ -745,3 +745,16 @@ def test_traced_width_is_one_program():
     got = coded(x, jnp.float32(2 ** (bits - 1) - 1))
     np.testing.assert_array_equal(got, expected)
   assert coded._cache_size() == 1
+
+
+@pytest.mark.parametrize("rounding", numerics.ROUNDINGS)
+@pytest.mark.parametrize("steps", [0.4, 3.0, 20.0])
+def test_bins_hold_the_smallest_numbers(rounding, steps):
+  """Half a step of the smallest scale, and what is flushed."""
+  x = np.linspace(-steps, steps, 501) * 2.0**-126
+  x = x[(np.abs(x) >= 2.0**-126) | (x == 0)].astype(np.float32)
+  leaf = precision.leaf_codec("int4", x.shape, {"rounding": rounding})
+  for seed in counter.seeds(jax.random.key(0), 4):
+    payload, _ = leaf.encode(seed, x, leaf.init())
+    lower, upper, _ = map(np.asarray, leaf.bins(payload))
+    assert (lower.astype(float) <= x).all() and (x <= upper.astype(float)).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mpqfl_jax import counter, precision, sparsify, wire
+from mpqfl_jax.errors import UserError
 
 hypothesis.settings.register_profile(
   "sparse", deadline=None, max_examples=100, derandomize=True
@@ -70,6 +71,23 @@ def test_indices_roundtrip_at_the_length_that_is_counted(data):
   read = np.concatenate([[], *parts])
   np.testing.assert_array_equal(read, index)
   reader.finish()
+
+
+def test_index_bytes_of_huge_leaves():
+  for count in (90_000_000, 1, 99_999_999):
+    coding, size = sparsify.index_bytes(jnp.int32(count), 100_000_000)
+    choices = {
+      r: -(-count * r // 8) - (-(count + ((10**8 - 1) >> r)) // 8)
+      for r in range(27)
+    }
+    best = min(
+      [sparsify.BITMAP, *choices], key=lambda r: choices.get(r, 12_500_000)
+    )
+    assert int(coding) == best
+    assert int(size) == choices.get(best, 12_500_000)
+  with pytest.raises(UserError, match="2 GiB"):
+    shape = jax.ShapeDtypeStruct((600_000_000,), jnp.float32)
+    precision.make("topk", {"a": shape})
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.01, 0.1, 0.3])

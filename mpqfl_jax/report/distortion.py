@@ -68,7 +68,7 @@ def panels(entries: int) -> dict[str, dict[str, list[str]]]:
     "A share of the entries": {
       "the largest (top-k)": each("topk(ratio={})", _SHARES),
       "the largest (prune)": each("prune(ratio={})", (0.995, 0.95, 0.85)),
-      "at random (random-k)": each("randomk(ratio={})", _SHARES[1:]),
+      "at random (random-k)": each("randomk(ratio={})", (0.1, 0.2, 0.25)),
     },
     "Policies": {
       "paper": ["paper"],
@@ -188,11 +188,13 @@ def draw(
 
 
 def _line(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-  ordered = sorted(points, key=lambda point: point.bits)
-  return [p.bits for p in ordered], [p.snr_db for p in ordered]
+  return [p.bits for p in points], [p.snr_db for p in points]
 
 
 def _beyond(points: Sequence[Point]) -> str:
-  far = [p for p in points if p.bits > _BITS[1] or p.snr_db > _SNR[1]]
+  (least, most), (low, high) = _BITS, _SNR
+  far = [
+    p for p in points if not (least < p.bits < most and low < p.snr_db < high)
+  ]
   told = [f"{p.bits:.0f} bits: {p.snr_db:.0f} dB" for p in far]
   return f" ({', '.join(told)})" if told else ""
