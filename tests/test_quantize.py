@@ -319,7 +319,11 @@ def test_nearest_properties(bits, mode):
       assert error[inside].max() <= 0.5 * step + slack
     order = np.argsort(x, kind="stable")
     assert (np.diff(got[order]) >= 0).all()
-    np.testing.assert_allclose(run(got), got, rtol=1e-5, atol=slack)
+    # Idempotent on the same grid: the zero point's rounding may move one end of
+    # an affine range out of it, and what is left has a narrower one.
+    span = max(got.max(), 0) - min(got.min(), 0)
+    if mode == "symmetric" or span > (2**bits - 1.5) * step:
+      np.testing.assert_allclose(run(got), got, rtol=1e-5, atol=slack)
     np.testing.assert_array_equal(run(8 * x), 8 * got)
     if mode == "symmetric":
       np.testing.assert_array_equal(run(-x), -got)
