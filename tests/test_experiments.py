@@ -421,7 +421,7 @@ def w_payload(w):
       "vmap",
       "fed_avg",
       "nf4,ternary,qsgd(levels=300),float8(granularity=channel),"
-      "guarded(bytes=40000),int3(granularity=64,rounding=dither)",
+      "guarded(bytes=40000),int3(granularity=64,rounding=dither),mixed_random",
       marks=pytest.mark.slow,
     ),
   ],
