@@ -261,7 +261,7 @@ def float32(shape: Shape) -> LeafCodec:
         "values",
         np.dtype(np.float32),
         shape,
-        lambda values: quantize.within(values, quantize.LARGEST),
+        numerics.between(-quantize.LARGEST, quantize.LARGEST),
       )
     ],
     encode=lambda seed, x, state: ({"values": quantize.finite(x)}, state),

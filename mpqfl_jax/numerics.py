@@ -223,12 +223,12 @@ def _linear(
   if power_of_two:
     name += " pow2"
     largest = int(np.floor(np.log2(limit))) + 127
-    side = {"exponent": SideField(np.uint8, _between(1, min(largest, 254)))}
+    side = {"exponent": SideField(np.uint8, between(1, min(largest, 254)))}
   else:
-    side = {"scale": SideField(np.float32, _between(quantize.SMALLEST, limit))}
+    side = {"scale": SideField(np.float32, between(quantize.SMALLEST, limit))}
   if affine:
     dtype = np.uint8 if levels <= 256 else np.uint16
-    side["zero_point"] = SideField(dtype, _between(0, levels - 1))
+    side["zero_point"] = SideField(dtype, between(0, levels - 1))
 
   def fit_side(y, axis, sizes):
     grid = fit(y, axis, sizes)
@@ -276,7 +276,7 @@ def _linear(
     encode,
     decode,
     bins,
-    _between(0, levels - 1),
+    between(0, levels - 1),
   )
 
 
@@ -323,7 +323,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
   limit = float(quantize.LARGEST) / fmt.largest * (1 + 2.0**-20)
   side = {}
   if scaled:
-    side["scale"] = SideField(np.float32, _between(quantize.SMALLEST, limit))
+    side["scale"] = SideField(np.float32, between(quantize.SMALLEST, limit))
 
   def fit(y, axis, sizes):
     if not scaled:
@@ -424,7 +424,7 @@ def sign(unbiased: bool = False) -> Numerics:
     # Of a normal variable x: E(|x| - E|x|)^2 = (pi / 2 - 1) (E|x|)^2.
     return lower, upper, (np.pi / 2 - 1) * scale * scale
 
-  within = _between(0.0, quantize.LARGEST * np.float32(1 + 2.0**-20))
+  within = between(0.0, quantize.LARGEST * np.float32(1 + 2.0**-20))
 
   def check(scale):
     least = (scale == 0) & ~np.signbit(scale) | (scale >= quantize.SMALLEST)
@@ -440,7 +440,7 @@ def sign(unbiased: bool = False) -> Numerics:
     lambda y, side, uniform: (y >= 0) | jnp.isnan(y),
     decode,
     bins,
-    _between(0, 1),
+    between(0, 1),
   )
 
 
@@ -511,16 +511,24 @@ def nf4() -> Numerics:
     "nearest",
     {
       "scale": SideField(
-        np.float32, _between(quantize.SMALLEST, quantize.LARGEST)
+        np.float32, between(quantize.SMALLEST, quantize.LARGEST)
       )
     },
     lambda y, axis, sizes: {"scale": _largest(y, axis)},
     encode,
     decode,
     bins,
-    _between(0, 15),
+    between(0, 15),
     NF4,
   )
+
+
+def between(
+  low: float | np.floating, high: float | np.floating
+) -> Callable[[np.ndarray], bool]:
+  """The check that all numbers of an array on the host are in [low, high]."""
+  # Of NaN, both ends are. Nothing as large as the array is allocated.
+  return lambda x: not x.size or bool(x.min() >= low and x.max() <= high)
 
 
 def require_choice(what: str, given: str, known: tuple[str, ...]) -> None:
@@ -550,13 +558,6 @@ def require_share(what: str, given: float) -> None:
   require_positive(what, given)
   if given > 1:
     raise UserError(f"{what}={given}: expected a number in (0, 1].")
-
-
-def _between(
-  low: float | np.floating, high: float | np.floating
-) -> Callable[[np.ndarray], bool]:
-  # Comparisons with NaN are false.
-  return lambda array: bool(((array >= low) & (array <= high)).all())
 
 
 def _largest(y: Array, axis: quantize.Axis) -> Array:

@@ -62,12 +62,6 @@ def finite(x: Array) -> Array:
   return without_nan(jnp.clip(x, -LARGEST, LARGEST))
 
 
-def within(x: np.ndarray, limit: np.floating) -> bool:
-  """Whether all magnitudes of an array on the host are at most `limit`."""
-  # Of NaN, both ends are. Nothing as large as the array is allocated.
-  return not x.size or bool(x.min() >= -limit and x.max() <= limit)
-
-
 def largest_magnitude(x: Array, axis: Axis = None) -> Array:
   """Largest magnitude along `axis` (kept, of length 1), at most 2^126.
 

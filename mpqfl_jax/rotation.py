@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import codecs, counter, quantize, wire
+from mpqfl_jax import bitpack, codecs, counter, quantize, wire
 from mpqfl_jax.types import Array
 
 TAG = 0x0D
@@ -92,7 +92,7 @@ def rotated(
       size = part.shape[-1]
       first = min(size, _FACTOR)
       parts.append(hadamard(part, first if forth else size // first))
-    return _join(parts)
+    return bitpack.join(parts)
 
   def encode(seed, x, state):
     # The inner codec rounds by the seed, which who sees the rotation's must not
@@ -117,7 +117,7 @@ def rotated(
       jnp.broadcast_to(jnp.mean(part, 1, keepdims=True), part.shape)
       for part in _cut(variance, blocks)
     ]
-    variance = _join(means)[:entries].reshape(shape)
+    variance = bitpack.join(means)[:entries].reshape(shape)
     far = jnp.full(shape, jnp.inf, jnp.float32)
     return -far, far, variance
 
@@ -162,8 +162,3 @@ def _cut(y: Array, blocks: list[tuple[int, int]]) -> list[Array]:
     parts.append(y[at : at + rows * size].reshape(rows, size))
     at += rows * size
   return parts
-
-
-def _join(parts: list[Array]) -> Array:
-  flat = [part.reshape(-1) for part in parts]
-  return flat[0] if len(flat) == 1 else jnp.concatenate(flat)

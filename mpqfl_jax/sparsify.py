@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpqfl_jax import codecs, counter, quantize, wire
+from mpqfl_jax import codecs, counter, numerics, quantize, wire
 from mpqfl_jax.types import Array
 
 BITMAP = 0xFF
@@ -140,38 +140,25 @@ def read_indices(
   if count == 0:
     return iter(())
   if coding == BITMAP:
-    return _increasing(_ones(_read_string(reader, entries)), count, entries)
+    return _ones(_read_string(reader, entries), count)
   low = _read_string(reader, count * coding)
   high = _read_string(reader, count + ((entries - 1) >> coding))
 
   def indices():
-    done = 0
-    for place in _ones(high):
-      if done + place.size > count:
-        raise wire.WireError(f"more than the {count} indices announced")
-      index = place - np.arange(done, done + place.size)
-      yield (index << coding) | _numbers(low, coding, done, place.size)
-      done += place.size
+    done, last = 0, -1
+    for place in _ones(high, count):
+      index = (place - np.arange(done, done + place.size)) << coding
+      index |= _numbers(low, coding, done, place.size)
+      if index.size:
+        if index[0] <= last or not (np.diff(index) > 0).all():
+          raise wire.WireError("indices do not increase")
+        last = int(index[-1])
+      if last >= entries:
+        raise wire.WireError(f"index {last} in a leaf of {entries} entries")
+      done += index.size
+      yield index
 
-  return _increasing(indices(), count, entries)
-
-
-def _increasing(
-  indices: Iterator[np.ndarray], count: int, entries: int
-) -> Iterator[np.ndarray]:
-  """Gives on what it is given, checked."""
-  done, last = 0, -1
-  for index in indices:
-    if index.size:
-      if index[0] <= last or not (np.diff(index) > 0).all():
-        raise wire.WireError("indices do not increase")
-      last = int(index[-1])
-    done += index.size
-    if last >= entries or done > count:
-      raise wire.WireError(f"index {last}, {count} announced below {entries}")
-    yield index
-  if done != count:
-    raise wire.WireError(f"{done} indices, {count} announced")
+  return indices()
 
 
 # So many bytes of a string of bits are taken apart at a time.
@@ -186,11 +173,30 @@ def _read_string(reader: wire.Reader, bits: int) -> np.ndarray:
   return raw
 
 
-def _ones(string: np.ndarray) -> Iterator[np.ndarray]:
-  """Where the ones of a string of bits are."""
+def _ones(string: np.ndarray, count: int) -> Iterator[np.ndarray]:
+  """Where the ones of a string of bits are; refuses any but `count` of them."""
+  done = 0
   for start in range(0, string.size, _BYTES):
     bits = np.unpackbits(string[start : start + _BYTES], bitorder="little")
-    yield 8 * start + np.flatnonzero(bits)
+    place = 8 * start + np.flatnonzero(bits)
+    done += place.size
+    if done > count:
+      break
+    yield place
+  if done != count:
+    raise wire.WireError(f"{count} indices announced, others are there")
+
+
+def _scattered(
+  places: Iterator[np.ndarray], sent: np.ndarray, entries: int, rest: float
+) -> np.ndarray:
+  """[entries] float32: what was sent at its places, `rest` elsewhere."""
+  values = np.full(entries, rest, np.float32)
+  done = 0
+  for place in places:
+    values[place] = sent[done : done + place.size]
+    done += place.size
+  return values
 
 
 def _numbers(
@@ -223,6 +229,12 @@ def largest(
   if entries == 0:
     return codecs.empty(shape)
   kept = keep(entries)
+  within = numerics.between(-quantize.LARGEST, quantize.LARGEST)
+
+  def is_sendable(sent):
+    # Without magnitudes, which would take as much room as the leaf.
+    tiny = (sent < quantize.SMALLEST) & (sent > -quantize.SMALLEST)
+    return not tiny.any() and within(sent)
 
   def encode(seed, x, state):
     x = quantize.finite(x)
@@ -269,15 +281,9 @@ def largest(
     coding = reader.take(1)[0]
     indices = read_indices(reader, coding, count, entries)
     sent = np.frombuffer(reader.take(4 * count), "<f4")
-    values = np.zeros(entries, np.float32)
-    done = 0
-    for index in indices:
-      part = sent[done : done + index.size]
-      size = np.abs(part)
-      if not ((size >= quantize.SMALLEST) & (size <= quantize.LARGEST)).all():
-        raise wire.WireError("a sparse value is zero, too large or no number")
-      values[index] = part
-      done += index.size
+    if not is_sendable(sent):
+      raise wire.WireError("a sparse value is zero, too large or no number")
+    values = _scattered(indices, sent, entries, 0.0)
     return {"values": values.reshape(shape)}
 
   return codecs.LeafCodec(
@@ -323,6 +329,7 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
   limit = np.float32(threshold / 2**24)
   factor = np.float32(1) / limit
   largest = quantize.LARGEST * limit
+  is_sendable = numerics.between(-largest, largest)
 
   def mask(seed):
     return (counter.bits(seed, shape) >> 8) < threshold
@@ -366,13 +373,9 @@ def random(shape: codecs.Shape, ratio: float) -> codecs.LeafCodec:
     found = np.frombuffer(reader.take(4 * np.count_nonzero(sent)), "<f4")
     # As bits, for which there is room beside the values.
     sent = np.packbits(sent, bitorder="little")
-    if not quantize.within(found, largest):
+    if not is_sendable(found):
       raise wire.WireError("a value is too large or no number")
-    values = np.full(entries, np.nan, np.float32)
-    done = 0
-    for place in _ones(sent):
-      values[place] = found[done : done + place.size]
-      done += place.size
+    values = _scattered(_ones(sent, found.size), found, entries, np.nan)
     return {"seed": seed, "values": values.reshape(shape)}
 
   return codecs.LeafCodec(

@@ -122,6 +122,13 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def assert_close(a, b):
+  # Sums in another order move scales by a bit.
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8), a, b
+  )
+
+
 def bits_of(tree):
   return jax.tree.map(lambda x: np.asarray(x).view(np.uint32), tree)
 
@@ -180,14 +187,7 @@ def test_vmap_equals_loop(case):
   decoded, sizes = batched(jnp.stack(keys), stacked)
   for i, update in enumerate(updates):
     one, size, _ = read(sent(case, update, i))
-    # Sums in another order move scales by a bit.
-    jax.tree.map(
-      lambda a, b, i=i: np.testing.assert_allclose(
-        a[i], b, rtol=1e-5, atol=1e-8
-      ),
-      decoded,
-      one,
-    )
+    assert_close(jax.tree.map(lambda x, i=i: x[i], decoded), one)
     assert int(sizes[i]) == int(size)
 
 
@@ -218,19 +218,9 @@ def test_scan_equals_loop(case):
   for i in range(3):
     payload, state = encode(keys[i], updates[i], state)
     one, size, _ = read(payload)
-    jax.tree.map(
-      lambda a, b, i=i: np.testing.assert_allclose(
-        a[i], b, rtol=1e-5, atol=1e-8
-      ),
-      decoded,
-      one,
-    )
+    assert_close(jax.tree.map(lambda x, i=i: x[i], decoded), one)
     assert int(sizes[i]) == int(size)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
-    last,
-    state,
-  )
+  assert_close(last, state)
 
 
 @cases
