@@ -73,8 +73,13 @@ def copies(x: np.ndarray) -> list[Callable[[], Any]]:
   ]
 
 
-def ours(x: np.ndarray) -> Iterator[Task]:
-  """This package, each codec as one compiled function a direction."""
+def ours(x: np.ndarray, kernels: str = "native") -> Iterator[Task]:
+  """This package, each codec as one compiled function a direction.
+
+  Args:
+    x: what is encoded.
+    kernels: of the codecs that have a choice.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -83,15 +88,21 @@ def ours(x: np.ndarray) -> Iterator[Task]:
   array = jnp.asarray(x)
   seed = jnp.array([1, 2], jnp.uint32)
   cases: list[tuple[str, str, dict[str, Any]]] = [
-    ("float16", "float16", {}),
-    ("bfloat16", "bfloat16", {}),
-    ("float8", "float8", {}),
-    ("int8", "int8", {}),
-    ("int8 affine", "int8", {"mode": "affine"}),
-    ("int4", "int4", {}),
-    ("int2", "int2", {}),
-    ("int8 stochastic", "int8", {"rounding": "stochastic"}),
-    ("int4 stochastic", "int4", {"rounding": "stochastic"}),
+    ("float16", "float16", {"kernels": kernels}),
+    ("bfloat16", "bfloat16", {"kernels": kernels}),
+    ("float8", "float8", {"kernels": kernels}),
+    ("int8", "int8", {"kernels": kernels}),
+    ("int8 affine", "int8", {"kernels": kernels, "mode": "affine"}),
+    ("int4", "int4", {"kernels": kernels}),
+    ("int2", "int2", {"kernels": kernels}),
+    *(
+      (
+        f"int{bits} stochastic",
+        f"int{bits}",
+        {"kernels": kernels, "rounding": "stochastic"},
+      )
+      for bits in (8, 4)
+    ),
     ("nf4", "nf4", {}),
     ("sign", "sign", {}),
     ("qsgd", "qsgd", {}),
@@ -116,6 +127,11 @@ def ours(x: np.ndarray) -> Iterator[Task]:
       lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
       size,
     )
+
+
+def xla(x: np.ndarray) -> Iterator[Task]:
+  """This package, all passes compiled by XLA."""
+  return ours(x, "xla")
 
 
 def qwix(x: np.ndarray) -> Iterator[Task]:
@@ -210,7 +226,9 @@ def torch(x: np.ndarray) -> Iterator[Task]:
   yield "int4 stochastic", lambda: pack4(True), unpack4, size
 
 
-SYSTEMS = {"mpqfl_jax": ours, "qwix": qwix, "torch": torch}
+SYSTEMS = {"mpqfl_jax": ours, "xla": xla, "qwix": qwix, "torch": torch}
+# Both are this package.
+OURS = ("mpqfl_jax", "xla")
 
 
 def work(system: str, elements: int) -> list[Row]:
@@ -246,7 +264,7 @@ def work(system: str, elements: int) -> list[Row]:
 def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
   """Rows of one system, in a process of its own."""
   python = sys.executable
-  if system != "mpqfl_jax":
+  if system not in OURS:
     python = str(peers_dir / system / "bin" / "python")
     if not pathlib.Path(python).exists():
       raise SystemExit(f"no {python}: run `make bench-peers` first")
@@ -315,7 +333,8 @@ def beside(mine: dict[str, Row], way: str) -> str:
     way: `encode` or `decode`.
   """
   shares = {system: row[f"{way}_shares"] for system, row in mine.items()}
-  ours = shares.pop("mpqfl_jax")
+  ours = shares["mpqfl_jax"]
+  shares = {s: share for s, share in shares.items() if s not in OURS}
   if not shares:
     return "-"
   peer = max(shares.values(), key=statistics.median)

@@ -54,6 +54,11 @@ def high_levels(levels: int) -> int:
   return ((levels - 1) >> 8) + 1
 
 
+def fills_byte(levels: int) -> bool:
+  """Whether a whole number of codes fills a byte, of at most 256 levels."""
+  return levels <= 256 and _group(levels)[1] == 1
+
+
 def rows_of(levels: int) -> tuple[int, int]:
   """How codes are best cut for `pack`.
 
@@ -200,9 +205,9 @@ def look_up(packed: Codes, count: int, levels: int, table: np.ndarray) -> Codes:
   Raises:
     ValueError: not of 2, 3, 4, 9 to 16 or 129 to 256 levels.
   """
-  planes, group = _group(levels)
-  if group > 1:
+  if not fills_byte(levels):
     raise ValueError(f"codes of {levels} levels share several bytes.")
+  planes, _ = _group(levels)
   # At bytes, in a table a run: taking codes out of them costs a CPU as much as
   # the rest.
   every = np.arange(256, dtype=np.uint8)

@@ -18,6 +18,7 @@ from mpqfl_jax import (
   blocking,
   counter,
   fusion,
+  native,
   numerics,
   quantize,
   trees,
@@ -65,6 +66,7 @@ def blockwise(
   numeric: numerics.Numerics,
   granularity: str | int = "tensor",
   momentum: float | None = None,
+  passes: native.Passes | None = None,
 ) -> LeafCodec:
   """The codec of a leaf by one quantiser on blocks of it.
 
@@ -77,6 +79,7 @@ def blockwise(
     momentum: None fits the side information to this update (dynamic range);
       a number fits it to a running mean of the extremes of the client's earlier
       updates, with this share of the past, and saturates (static range).
+    passes: what to compute outside of XLA, of a leaf that is one block.
 
   Returns:
     The leaf's codec.
@@ -132,7 +135,7 @@ def blockwise(
     x = fill(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
     uniform = draw(seed) if random else None
-    reference = blocks.whole(x)
+    reference = blocks.whole(x) if passes is None else passes.extremes(x)
     if momentum is not None:
       extremes = quantize.extremes(reference, blocks.axis)
       seen = jnp.stack([e.reshape(blocks.number) for e in extremes])
@@ -147,7 +150,10 @@ def blockwise(
     }
     if dither:
       payload["seed"] = seed
-    payload["codes"] = bitpack.join(write(blocks.cut(x), spread, uniform))
+    if passes is not None and passes.write is not None:
+      payload["codes"] = passes.write(x.reshape(-1), spread)
+    else:
+      payload["codes"] = bitpack.join(write(blocks.cut(x), spread, uniform))
     return payload, state
 
   def read(payload, table=None):
@@ -163,6 +169,9 @@ def blockwise(
     return codes, side, uniform
 
   def decode(payload):
+    if passes is not None:
+      side = {name: payload[name] for name in numeric.side}
+      return passes.read(payload["codes"], side).reshape(shape)
     return blocks.join(numeric.decode(*read(payload, numeric.table)))
 
   def bins(payload):

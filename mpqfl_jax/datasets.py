@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 import tqdm
 
-from mpqfl_jax import errors
+from mpqfl_jax import errors, host
 
 _SAMPLE_DIR = pathlib.Path(__file__).parent / "data"
 _MOSAIC_COLUMNS = 100
@@ -324,8 +324,8 @@ def _load_full(name: str, data_dir: str | None) -> Dataset:
   key = f"{name}-{folder.name}-{fingerprint[:24]}-v{_CACHE_FORMAT}"
   arrays = {}
   for split, size in _split_sizes(folder).items():
-    x_path = _cache_dir() / f"{key}-{split}-x.npy"
-    y_path = _cache_dir() / f"{key}-{split}-y.npy"
+    x_path = host.cache_dir() / f"{key}-{split}-x.npy"
+    y_path = host.cache_dir() / f"{key}-{split}-y.npy"
     x = _open_cached(x_path, np.uint8, (size, *info.image_shape))
     y = _open_cached(y_path, np.int32, (size,))
     if x is None or y is None:
@@ -491,13 +491,6 @@ def _decode(
 
 
 # The cache of decoded arrays.
-
-
-def _cache_dir() -> pathlib.Path:
-  if own := os.environ.get("MPQFL_CACHE_DIR"):
-    return pathlib.Path(own).expanduser()
-  shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(shared).expanduser() / "mpqfl_jax"
 
 
 def _open_cached(

@@ -52,7 +52,7 @@ def variables(one_arena: bool = False) -> dict[str, str]:
     if one_arena:
       wanted["MALLOC_ARENA_MAX"] = "1"
   flags = os.environ.get("XLA_FLAGS", "")
-  if _WIDTH not in flags and "avx512f" in _processor_flags():
+  if _WIDTH not in flags and "avx512f" in processor_flags():
     flags += f" {_WIDTH}=512"
   if _DETERMINISTIC not in flags and _has_gpu_plugin():
     flags += f" {_DETERMINISTIC}=true"
@@ -99,10 +99,11 @@ def processor() -> str:
   """The processor's name, for tables of measurements."""
   name = _processor("model name") or platform.processor() or "a processor"
   # Half of the speed depends on it, and virtual machines' names do not tell.
-  return f"{name} with AVX-512" if "avx512f" in _processor_flags() else name
+  return f"{name} with AVX-512" if "avx512f" in processor_flags() else name
 
 
-def _processor_flags() -> list[str]:
+def processor_flags() -> list[str]:
+  """What the processor can do, in Linux's words; [] where that is unknown."""
   return _processor("flags").split()
 
 
@@ -112,3 +113,11 @@ def _processor(field: str) -> str:
     if line.startswith(field):
       return line.partition(":")[2].strip()
   return ""
+
+
+def cache_dir() -> pathlib.Path:
+  """The folder for what can be made again, which need not exist yet."""
+  if own := os.environ.get("MPQFL_CACHE_DIR"):
+    return pathlib.Path(own).expanduser()
+  shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(shared).expanduser() / "mpqfl_jax"

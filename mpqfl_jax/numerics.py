@@ -53,6 +53,8 @@ class Numerics(NamedTuple):
     bins: (codes, side, uniform) -> (lower, upper, variance).
     valid: codes on the host -> whether an encoder can have written them.
     table: [levels] float32, what `decode` is given in place of codes, or None.
+    grid: side information -> the grid that codes from 0 are on, or None.
+    format: of a cast, or None.
   """
 
   name: str
@@ -66,6 +68,8 @@ class Numerics(NamedTuple):
   bins: Callable[[Array, Side, Array | None], tuple[Array, Array, Array]]
   valid: Callable[[np.ndarray], bool]
   table: np.ndarray | None = None
+  grid: Callable[[Side], quantize.Grid] | None = None
+  format: quantize.FloatFormat | None = None
 
 
 def integer(
@@ -277,6 +281,7 @@ def _linear(
     decode,
     bins,
     between(0, levels - 1),
+    grid=None if rounding == "dither" else grid_of,
   )
 
 
@@ -380,6 +385,7 @@ def cast(name: str, rounding: str = "nearest") -> Numerics:
     decode,
     bins,
     valid,
+    format=fmt,
   )
 
 

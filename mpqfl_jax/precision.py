@@ -11,6 +11,7 @@ True
 from collections.abc import Callable, Mapping, Sequence
 import glob
 import inspect
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from mpqfl_jax import (
   columns,
   entropy,
   errors,
+  native,
   numerics,
   policy,
   rotation,
@@ -38,6 +40,8 @@ from mpqfl_jax.policy import QuantRule
 from mpqfl_jax.types import Array, Codec, Key, Params, PyTree, Update
 
 Granularity = str | int
+# Who compiles the passes of a codec that has a choice.
+KERNELS = ("xla", "native")
 
 
 def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
@@ -50,25 +54,30 @@ def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
     rotate: bool = False,
     range: str = "dynamic",
     momentum: float = 0.9,
+    kernels: str = "xla",
   ) -> codecs.LeafCodec:
     numeric = numerics.integer(bits, mode, rounding, power_of_two)
-    blocks = _blocks(granularity)
     numerics.require_choice("range", range, ("dynamic", "static"))
     if range == "static":
       numerics.require_share("momentum", momentum)
     past = momentum if range == "static" else None
-    if rotate:
-      return rotation.rotated(
-        shape, lambda flat, _: codecs.blockwise(flat, numeric, blocks, past)
-      )
-    return codecs.blockwise(shape, numeric, blocks, past)
+    if not rotate:
+      return _blockwise(shape, numeric, granularity, kernels, past)
+    if kernels != "xla":
+      raise UserError(f"kernels={kernels}: expected rotate=False.")
+    return rotation.rotated(
+      shape, lambda flat, _: _blockwise(flat, numeric, granularity, "xla", past)
+    )
 
   return build
 
 
 def _half(name: str) -> Callable[..., codecs.LeafCodec]:
-  def build(shape: codecs.Shape, rounding: str = "nearest"):
-    return codecs.blockwise(shape, numerics.cast(name, rounding))
+  def build(
+    shape: codecs.Shape, rounding: str = "nearest", kernels: str = "xla"
+  ) -> codecs.LeafCodec:
+    numeric = numerics.cast(name, rounding)
+    return _blockwise(shape, numeric, "tensor", kernels)
 
   return build
 
@@ -78,22 +87,23 @@ def _float8(
   format: str = "e4m3",
   granularity: Granularity = "tensor",
   rounding: str = "nearest",
+  kernels: str = "xla",
 ) -> codecs.LeafCodec:
   numerics.require_choice("format", format, ("e4m3", "e5m2"))
   numeric = numerics.cast(f"float8_{format}", rounding)
-  return codecs.blockwise(shape, numeric, _blocks(granularity))
+  return _blockwise(shape, numeric, granularity, kernels)
 
 
 def _sign(
   shape: codecs.Shape, granularity: Granularity = "tensor"
 ) -> codecs.LeafCodec:
-  return codecs.blockwise(shape, numerics.sign(), _blocks(granularity))
+  return _blockwise(shape, numerics.sign(), granularity)
 
 
 def _ternary(
   shape: codecs.Shape, clip: float = 2.5, granularity: Granularity = "tensor"
 ) -> codecs.LeafCodec:
-  return codecs.blockwise(shape, numerics.ternary(clip), _blocks(granularity))
+  return _blockwise(shape, numerics.ternary(clip), granularity)
 
 
 def _qsgd(
@@ -102,14 +112,13 @@ def _qsgd(
   norm: str = "l2",
   granularity: Granularity = "tensor",
 ) -> codecs.LeafCodec:
-  numeric = numerics.qsgd(levels, norm)
-  return codecs.blockwise(shape, numeric, _blocks(granularity))
+  return _blockwise(shape, numerics.qsgd(levels, norm), granularity)
 
 
 def _nf4(
   shape: codecs.Shape, granularity: Granularity = 64
 ) -> codecs.LeafCodec:
-  return codecs.blockwise(shape, numerics.nf4(), _blocks(granularity))
+  return _blockwise(shape, numerics.nf4(), granularity)
 
 
 def _drive(shape: codecs.Shape, unbiased: bool = True) -> codecs.LeafCodec:
@@ -443,16 +452,29 @@ def _db(energy: float, lost: float) -> str:
   return f"{10 * np.log10(energy / lost):.1f}" if energy > 0 else "-"
 
 
-def _blocks(granularity: Granularity) -> Granularity:
-  if granularity in ("tensor", "channel"):
-    return granularity
-  if isinstance(granularity, bool) or not isinstance(granularity, int):
-    raise UserError(
-      f"granularity={granularity!r}: expected tensor, channel or a number of"
-      " entries."
-    )
-  numerics.require_range("granularity", granularity, 1, 2**31 - 1)
-  return granularity
+def _blockwise(
+  shape: codecs.Shape,
+  numeric: numerics.Numerics,
+  granularity: Granularity,
+  kernels: str = "xla",
+  momentum: float | None = None,
+) -> codecs.LeafCodec:
+  if granularity not in ("tensor", "channel"):
+    if isinstance(granularity, bool) or not isinstance(granularity, int):
+      raise UserError(
+        f"granularity={granularity!r}: expected tensor, channel or a number of"
+        " entries."
+      )
+    numerics.require_range("granularity", granularity, 1, 2**31 - 1)
+  numerics.require_choice("kernels", kernels, KERNELS)
+  passes = None
+  if kernels == "native":
+    if granularity != "tensor":
+      raise UserError(
+        f"kernels=native with granularity={granularity}: expected tensor."
+      )
+    passes = native.passes(numeric, math.prod(shape))
+  return codecs.blockwise(shape, numeric, granularity, momentum, passes)
 
 
 def _check_options(

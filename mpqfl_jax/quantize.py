@@ -305,6 +305,14 @@ class FloatFormat(NamedTuple):
   min_exponent: int
   largest: float
 
+  @property
+  def unit(self) -> np.float32:
+    """Of an 8-bit format: its numbers over the float16 of the same fields.
+
+    The two differ in the exponents' bias, but for float8_e5m2.
+    """
+    return np.float32(2.0 ** (14 + self.min_exponent))
+
 
 def _float_format(dtype: type) -> FloatFormat:
   info = ml_dtypes.finfo(dtype)
@@ -382,8 +390,7 @@ def from_format(codes: Array, fmt: FloatFormat) -> Array:
   magnitude = (codes & 0x7F) << (10 - fmt.mantissa)
   pattern = magnitude | ((codes & 0x80) << 8)
   value = jax.lax.bitcast_convert_type(pattern, jnp.float16)
-  # Their biases differ, but for float8_e5m2's.
-  return value.astype(jnp.float32) * np.float32(2.0 ** (14 + fmt.min_exponent))
+  return value.astype(jnp.float32) * fmt.unit
 
 
 def _bfloat16_codes(x: Array) -> Array:

@@ -100,17 +100,17 @@ def test_variables_leave_what_is_set(monkeypatch):
 
 def test_other_flags_are_kept(monkeypatch):
   monkeypatch.setattr(host, "_GPU_PLUGINS", ())
-  monkeypatch.setattr(host, "_processor_flags", lambda: ["avx512f"])
+  monkeypatch.setattr(host, "processor_flags", lambda: ["avx512f"])
   monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
   wanted = host.variables()["XLA_FLAGS"]
   assert wanted == "--xla_some_flag=1 --xla_cpu_prefer_vector_width=512"
-  monkeypatch.setattr(host, "_processor_flags", list)
+  monkeypatch.setattr(host, "processor_flags", list)
   assert "XLA_FLAGS" not in host.variables()
 
 
 def test_operations_on_a_gpu_are_deterministic(monkeypatch):
   monkeypatch.delenv("XLA_FLAGS", raising=False)
-  monkeypatch.setattr(host, "_processor_flags", list)
+  monkeypatch.setattr(host, "processor_flags", list)
   monkeypatch.setattr(host, "_GPU_PLUGINS", ("json",))
   assert host.variables()["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
   chosen = "--xla_gpu_deterministic_ops=false"

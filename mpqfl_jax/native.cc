@@ -1,0 +1,491 @@
+// Passes over large arrays that store past the caches, as XLA's FFI calls.
+//
+// A processor that stores a number reads its cache line first, unless told that
+// nobody will read it soon. XLA never tells, so that a pass which only moves
+// memory moves a third more than it has to. Each function here gives the bits
+// that its counterpart in `quantize.py` gives, for one block or a batch of them.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+#if !defined(__AVX2__) || !defined(__F16C__)
+#error "expected a processor with AVX2 and F16C"
+#endif
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Bytes = ffi::Buffer<ffi::U8>;
+using Halves = ffi::Buffer<ffi::U16>;
+using Floats = ffi::Buffer<ffi::F32>;
+
+constexpr float kLargest = 0x1p126f;
+// What is computed in the first-level cache before it is stored: little, so that
+// loads and stores take turns.
+constexpr int64_t kTileBytes = 1024;
+// Entries that a thread takes at a time, at least.
+constexpr int64_t kLeastChunk = int64_t{1} << 16;
+// Results below stay in the caches, where whoever reads them next finds them.
+constexpr int64_t kLeastBypass = int64_t{8} << 20;
+constexpr int64_t kLine = 64;
+
+int64_t CeilOfRatio(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+float FromBits(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+// Runs run(0) ... run(count - 1) on the caller's thread and the pool's.
+//
+// The caller waits for calls that have begun, never for a thread to come free:
+// that one may be waiting for this.
+template <typename Run>
+void ForEach(ffi::ThreadPool pool, int64_t count, Run run) {
+  struct State {
+    Run run;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    State(Run run, int64_t count) : run(std::move(run)), count(count) {}
+  };
+  auto state = std::make_shared<State>(std::move(run), count);
+  auto work = [state] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < state->count;) {
+      state->run(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  for (int64_t i = 1; i < std::min(pool.num_threads(), count); ++i) {
+    pool.Schedule(std::function<void()>(work));
+  }
+  work();
+  while (state->done.load(std::memory_order_acquire) < count) {
+    std::this_thread::yield();
+  }
+}
+
+// ForEach over chunks of `batch` rows of `count` entries: run(row, begin, end).
+template <typename Run>
+void ForChunks(ffi::ThreadPool pool, int64_t batch, int64_t count, Run run) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t chunk = std::clamp(CeilOfRatio(batch * count, threads),
+                                   std::min(kLeastChunk, count), count);
+  const int64_t chunks = CeilOfRatio(count, chunk);
+  ForEach(pool, batch * chunks, [=](int64_t i) {
+    const int64_t begin = i % chunks * chunk;
+    run(i / chunks, begin, std::min(begin + chunk, count));
+  });
+}
+
+// Stores whole cache lines past the caches; `out` is aligned to one.
+void StoreLines(char* out, const char* in, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kLine) {
+#ifdef __AVX512F__
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i),
+                        _mm512_load_si512(in + i));
+#else
+    for (int64_t j = i; j < i + kLine; j += 32) {
+      _mm256_stream_si256(
+          reinterpret_cast<__m256i*>(out + j),
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(in + j)));
+    }
+#endif
+  }
+}
+
+// Computes out[0] ... out[count - 1] by fill(to, begin, count), tile by tile.
+template <typename T, typename Fill>
+void Store(T* out, int64_t count, bool bypass, Fill fill) {
+  if (!bypass) {
+    fill(out, 0, count);
+    return;
+  }
+  const int64_t past = reinterpret_cast<uintptr_t>(out) % kLine;
+  // Up to the first cache line's end, then whole ones.
+  int64_t i = std::min<int64_t>((kLine - past) % kLine / sizeof(T), count);
+  fill(out, 0, i);
+  constexpr int64_t kTile = kTileBytes / sizeof(T);
+  alignas(kLine) T tile[kTile];
+  for (; i < count; i += kTile) {
+    const int64_t size = std::min(kTile, count - i);
+    const int64_t lines = size * sizeof(T) / kLine * kLine;
+    fill(tile, i, size);
+    StoreLines(reinterpret_cast<char*>(out + i),
+               reinterpret_cast<const char*>(tile), lines);
+    std::memcpy(reinterpret_cast<char*>(out + i) + lines,
+                reinterpret_cast<const char*>(tile) + lines,
+                size * sizeof(T) - lines);
+  }
+  _mm_sfence();
+}
+
+bool Bypasses(int64_t bytes) { return bytes >= kLeastBypass; }
+
+// Computes `batch` rows of `count` entries: fill(row, begin, size, to).
+template <typename T, typename Fill>
+void Pass(ffi::ThreadPool pool, int64_t batch, int64_t count, T* out,
+          Fill fill) {
+  const bool bypass = Bypasses(batch * count * sizeof(T));
+  ForChunks(pool, batch, count, [=](int64_t row, int64_t begin, int64_t end) {
+    Store(out + row * count + begin, end - begin, bypass,
+          [=](T* to, int64_t from, int64_t size) {
+            fill(row, begin + from, size, to);
+          });
+  });
+}
+
+// What loops over vectors are written in where compilers make worse ones.
+#ifdef __AVX512F__
+constexpr int kLanes = 16;
+using Vector = __m512;
+using Mask = __mmask16;
+Vector Load(const float* x) { return _mm512_loadu_ps(x); }
+void Save(Vector v, float* to) { _mm512_storeu_ps(to, v); }
+Vector All(float x) { return _mm512_set1_ps(x); }
+// Of NaN and a number in this order, the number.
+Vector Min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+Vector Max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+Mask EitherIsNan(Vector a, Vector b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+}
+Mask Or(Mask a, Mask b) { return a | b; }
+bool Any(Mask mask) { return mask; }
+Vector NanToZero(Vector v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v);
+}
+// The last eight bits of the nearest whole number and an offset.
+auto Byte(Vector v, int offset) {
+  return _mm512_cvtepi32_epi8(
+      _mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(offset)));
+}
+auto Float16(Vector v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+constexpr int kLanes = 8;
+using Vector = __m256;
+using Mask = __m256;
+Vector Load(const float* x) { return _mm256_loadu_ps(x); }
+void Save(Vector v, float* to) { _mm256_storeu_ps(to, v); }
+Vector All(float x) { return _mm256_set1_ps(x); }
+// Of NaN and a number in this order, the number.
+Vector Min(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+Vector Max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+Mask EitherIsNan(Vector a, Vector b) {
+  return _mm256_cmp_ps(a, b, _CMP_UNORD_Q);
+}
+Mask Or(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+bool Any(Mask mask) { return _mm256_movemask_ps(mask); }
+Vector NanToZero(Vector v) {
+  return _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+}
+// The last eight bits of the nearest whole number and an offset.
+auto Byte(Vector v, int offset) {
+  const __m256i last = _mm256_shuffle_epi8(
+      _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(offset)),
+      _mm256_set1_epi32(0x0C080400));
+  return _mm_cvtsi128_si64(_mm_unpacklo_epi32(
+      _mm256_castsi256_si128(last), _mm256_extracti128_si256(last, 1)));
+}
+auto Float16(Vector v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+#endif
+
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+// NaN to 0, clamped.
+Vector Sound(Vector v, float least, float most) {
+  return Min(All(most), Max(All(least), NanToZero(v)));
+}
+
+auto Bfloat16(Vector v) {
+  const auto bits = reinterpret_cast<Words>(v);
+  return __builtin_convertvector((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16,
+                                 Shorts);
+}
+
+// to[i] = one(x[i]), where `one` takes a vector and gives several numbers.
+template <typename T, typename One>
+void Each(const float* x, int64_t size, T* to, One one) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const auto some = one(Load(x + i));
+    static_assert(sizeof(some) == kLanes * sizeof(T));
+    std::memcpy(to + i, &some, sizeof(some));
+  }
+  float rest[kLanes] = {};
+  std::copy(x + i, x + size, rest);
+  const auto some = one(Load(rest));
+  std::memcpy(to + i, &some, (size - i) * sizeof(T));
+}
+
+// `quantize.extremes`: [batch, count] -> [batch, 2].
+ffi::Error Extremes(ffi::ThreadPool pool, Floats x, ffi::Result<Floats> ends) {
+  constexpr int kParallel = 4, kStep = kParallel * kLanes;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const int64_t batch = ends->element_count() / 2;
+  const int64_t count = x.element_count() / batch;
+  const float* in = x.typed_data();
+  float* out = ends->typed_data();
+  for (int64_t row = 0; row < batch; ++row) {
+    out[2 * row] = kLargest;
+    out[2 * row + 1] = -kLargest;
+  }
+  auto mutex = std::make_shared<std::mutex>();
+  ForChunks(pool, batch, count, [=](int64_t row, int64_t begin, int64_t end) {
+    const float* y = in + row * count;
+    Vector low[kParallel], high[kParallel];
+    Mask nan[kParallel / 2] = {};
+    std::fill_n(low, kParallel, All(kLargest));
+    std::fill_n(high, kParallel, All(-kLargest));
+    auto see = [&](const float* x) {
+      Vector v[kParallel];
+      for (int j = 0; j < kParallel; ++j) {
+        v[j] = Load(x + j * kLanes);
+        low[j] = Min(v[j], low[j]);
+        high[j] = Max(v[j], high[j]);
+      }
+      for (int j = 0; j < kParallel / 2; ++j) {
+        nan[j] = Or(nan[j], EitherIsNan(v[2 * j], v[2 * j + 1]));
+      }
+    };
+    int64_t i = begin;
+    for (; i + kStep <= end; i += kStep) see(y + i);
+    float rest[kStep];
+    std::fill(std::copy(y + i, y + end, rest), rest + kStep, y[begin]);
+    see(rest);
+    for (int j = 1; j < kParallel; ++j) {
+      low[0] = Min(low[j], low[0]);
+      high[0] = Max(high[j], high[0]);
+      nan[0] = Or(nan[0], nan[j / 2]);
+    }
+    float lows[kLanes], highs[kLanes];
+    Save(low[0], lows);
+    Save(high[0], highs);
+    float bottom = *std::min_element(lows, lows + kLanes);
+    float top = *std::max_element(highs, highs + kLanes);
+    if (Any(nan[0]) || bottom == -kInfinity || top == kInfinity) {
+      bottom = -kLargest;
+      top = kLargest;
+    }
+    const std::lock_guard<std::mutex> lock(*mutex);
+    out[2 * row] = std::min(out[2 * row], std::max(bottom, -kLargest));
+    out[2 * row + 1] = std::max(out[2 * row + 1], std::min(top, kLargest));
+  });
+  return ffi::Error::Success();
+}
+
+// `quantize.quantize` to the nearest, codes from 0 below `levels`:
+// [batch, count], a scale and a zero point a row -> [batch, count].
+ffi::Error ToGrid(ffi::ThreadPool pool, Floats x, Floats scale, Floats zero,
+                  ffi::Result<Bytes> codes, int64_t levels) {
+  const float* in = x.typed_data();
+  const float* scales = scale.typed_data();
+  const float* zeros = zero.typed_data();
+  const int64_t batch = scale.element_count();
+  const int64_t count = x.element_count() / batch;
+  Pass(pool, batch, count, codes->typed_data(),
+       [=](int64_t row, int64_t begin, int64_t size, uint8_t* to) {
+         const float reciprocal = 1 / scales[row];
+         const float least = -zeros[row], most = levels - 1 - zeros[row];
+         const auto offset = static_cast<int>(zeros[row]);
+         Each(in + row * count + begin, size, to, [=](Vector v) {
+           // Ends are whole numbers: what is clamped is rounded alike.
+           return Byte(Sound(v * All(reciprocal), least, most), offset);
+         });
+       });
+  return ffi::Error::Success();
+}
+
+// The code of plane `plane` in a byte of three-valued ones.
+template <int kPlane>
+int32_t Trit(int32_t byte) {
+  // A product and a shift divide a byte by three.
+  for (int i = 0; i < kPlane; ++i) byte = (byte * 171) >> 9;
+  return kPlane == 4 ? byte : byte - 3 * ((byte * 171) >> 9);
+}
+
+// Decodes what one plane holds: out[i] = (code(bytes[i]) - zero) * scale.
+template <typename Code>
+void Plane(const uint8_t* bytes, int64_t count, float scale, float zero,
+           float* out, bool bypass, Code code) {
+  Store(out, count, bypass,
+        [=](float* __restrict to, int64_t from, int64_t n) {
+          const uint8_t* __restrict b = bytes + from;
+          for (int64_t i = 0; i < n; ++i) {
+            to[i] = (static_cast<float>(code(b[i])) - zero) * scale;
+          }
+        });
+}
+
+// `quantize.dequantize` of what `bitpack.unpack` gives, for codes that share no
+// bytes or whole ones: [batch, bytes], a scale and a zero point a row ->
+// [batch, count].
+ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
+                    Floats zero, ffi::Result<Floats> x, int64_t levels) {
+  const int64_t batch = scale.element_count();
+  const int64_t size = packed.element_count() / batch;
+  const int64_t count = x->element_count() / batch;
+  const uint8_t* in = packed.typed_data();
+  const float* scales = scale.typed_data();
+  const float* zeros = zero.typed_data();
+  float* out = x->typed_data();
+  const bool bypass = Bypasses(x->size_bytes());
+  int width = 1;
+  while ((int64_t{1} << width) < levels) ++width;
+  const int planes = levels == 3 ? 5 : 8 / width;
+  const int32_t mask = (1 << width) - 1;
+  ForChunks(pool, batch, size, [=](int64_t row, int64_t begin, int64_t end) {
+    const uint8_t* bytes = in + row * size + begin;
+    for (int p = 0; p < planes; ++p) {
+      const int64_t n = std::min(end, count - p * size) - begin;
+      if (n <= 0) return;
+      float* to = out + row * count + p * size + begin;
+      auto plane = [=](auto code) {
+        Plane(bytes, n, scales[row], zeros[row], to, bypass, code);
+      };
+      if (levels != 3) {
+        plane([=](int32_t b) { return (b >> (p * width)) & mask; });
+      } else if (p == 0) {
+        plane([](int32_t b) { return Trit<0>(b); });
+      } else if (p == 1) {
+        plane([](int32_t b) { return Trit<1>(b); });
+      } else if (p == 2) {
+        plane([](int32_t b) { return Trit<2>(b); });
+      } else if (p == 3) {
+        plane([](int32_t b) { return Trit<3>(b); });
+      } else {
+        plane([](int32_t b) { return Trit<4>(b); });
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// `quantize.to_format` to float16.
+ffi::Error ToFloat16(ffi::ThreadPool pool, Floats x, ffi::Result<Halves> out) {
+  const float* in = x.typed_data();
+  Pass(pool, 1, x.element_count(), out->typed_data(),
+       [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
+         Each(in + begin, size, to,
+              [](Vector v) { return Float16(Sound(v, -65504, 65504)); });
+       });
+  return ffi::Error::Success();
+}
+
+// `quantize.to_format` to bfloat16.
+ffi::Error ToBfloat16(ffi::ThreadPool pool, Floats x,
+                      ffi::Result<Halves> out) {
+  const float* in = x.typed_data();
+  Pass(pool, 1, x.element_count(), out->typed_data(),
+       [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
+         Each(in + begin, size, to, [](Vector v) {
+           return Bfloat16(Sound(v, -kLargest, kLargest));
+         });
+       });
+  return ffi::Error::Success();
+}
+
+void FloatsOf(const uint16_t* halves, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8) {
+    const auto* eight = reinterpret_cast<const __m128i*>(halves + i);
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(eight)));
+  }
+  for (; i < size; ++i) to[i] = _cvtsh_ss(halves[i]);
+}
+
+// `quantize.from_format` of float16.
+ffi::Error FromFloat16(ffi::ThreadPool pool, Halves x,
+                       ffi::Result<Floats> out) {
+  const uint16_t* in = x.typed_data();
+  Pass(pool, 1, x.element_count(), out->typed_data(),
+       [=](int64_t, int64_t begin, int64_t size, float* to) {
+         FloatsOf(in + begin, size, to);
+       });
+  return ffi::Error::Success();
+}
+
+// `quantize.from_format` of bfloat16.
+ffi::Error FromBfloat16(ffi::ThreadPool pool, Halves x,
+                        ffi::Result<Floats> out) {
+  const uint16_t* in = x.typed_data();
+  Pass(pool, 1, x.element_count(), out->typed_data(),
+       [=](int64_t, int64_t begin, int64_t size, float* __restrict to) {
+         const uint16_t* __restrict halves = in + begin;
+         for (int64_t i = 0; i < size; ++i) {
+           to[i] = FromBits(uint32_t{halves[i]} << 16);
+         }
+       });
+  return ffi::Error::Success();
+}
+
+// `quantize.from_format` of a float8, times a scale a row: [batch, count] ->
+// [batch, count]. It has so many bits of mantissa; a float16 of its pattern is
+// to be multiplied by `unit`.
+ffi::Error FromFloat8(ffi::ThreadPool pool, Bytes x, Floats scale,
+                      ffi::Result<Floats> out, int64_t mantissa, float unit) {
+  const uint8_t* in = x.typed_data();
+  const float* scales = scale.typed_data();
+  const int64_t batch = scale.element_count();
+  const int64_t count = x.element_count() / batch;
+  const int shift = 10 - static_cast<int>(mantissa);
+  Pass(pool, batch, count, out->typed_data(),
+       [=](int64_t row, int64_t begin, int64_t size, float* to) {
+         const uint8_t* codes = in + row * count + begin;
+         const float factor = scales[row];
+         constexpr int64_t kPatterns = 256;
+         for (int64_t i = 0; i < size; i += kPatterns) {
+           const int64_t n = std::min(kPatterns, size - i);
+           uint16_t patterns[kPatterns];
+           for (int64_t j = 0; j < n; ++j) {
+             const int code = codes[i + j];
+             patterns[j] = (code & 0x7F) << shift | (code & 0x80) << 8;
+           }
+           FloatsOf(patterns, n, to + i);
+           for (int64_t j = i; j < i + n; ++j) to[j] = to[j] * unit * factor;
+         }
+       });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#define ANY ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(extremes, Extremes,
+                              ANY.Arg<Floats>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    to_grid, ToGrid,
+    ANY.Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Bytes>().Attr<int64_t>(
+        "levels"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    from_grid, FromGrid,
+    ANY.Arg<Bytes>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>(
+        "levels"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(to_float16, ToFloat16,
+                              ANY.Arg<Floats>().Ret<Halves>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(from_float16, FromFloat16,
+                              ANY.Arg<Halves>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(to_bfloat16, ToBfloat16,
+                              ANY.Arg<Floats>().Ret<Halves>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(from_bfloat16, FromBfloat16,
+                              ANY.Arg<Halves>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(from_float8, FromFloat8,
+                              ANY.Arg<Bytes>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("mantissa")
+                                  .Attr<float>("unit"));
