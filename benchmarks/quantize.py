@@ -14,6 +14,10 @@ encoding; qwix's int4 counts as a byte an element, as JAX has it, and torch has
 no int4, so that its row packs with tensor operations. `snr_db` shows that all
 do the same work.
 
+`mpqfl_jax` takes the native passes (`kernels=native`) of codecs that have them,
+where they can be compiled, and says so where not; the peer `xla` is the same
+codecs with all passes compiled by XLA.
+
 Workers import nothing of this package but their own system, so that peers need
 no more than themselves in their environments. All of them run with the
 settings of `mpqfl_jax.host`: an allocator that keeps its memory, and XLA's
@@ -30,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +45,24 @@ REPETITIONS, BLOCK, SECONDS = 12, 4, 2.0
 # thread, which costs 2% to 5% of the shortest rows.
 _WAITING = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 Row = dict[str, Any]
-# (codec, encode() -> payload, decode(payload) -> array, bytes of a payload)
-Task = tuple[str, Callable, Callable, Callable[[Any], int]]
+
+
+class Task(NamedTuple):
+  """A codec of a system.
+
+  Attributes:
+    codec: its title.
+    encode: () -> payload.
+    decode: payload -> array.
+    size: payload -> bytes.
+    kernels: what our own passes are compiled by; None of peers.
+  """
+
+  codec: str
+  encode: Callable[[], Any]
+  decode: Callable[[Any], Any]
+  size: Callable[[Any], int]
+  kernels: str | None = None
 
 
 def best_seconds(*calls: Callable[[], Any]) -> list[float]:
@@ -78,13 +98,19 @@ def ours(x: np.ndarray, kernels: str = "native") -> Iterator[Task]:
 
   Args:
     x: what is encoded.
-    kernels: of the codecs that have a choice.
+    kernels: of the codecs that have a choice; `native` where it is possible.
   """
   import jax
   import jax.numpy as jnp
 
-  from mpqfl_jax import precision
+  from mpqfl_jax import errors, native, precision
 
+  if kernels == "native":
+    try:
+      native.load()
+    except errors.UserError as error:
+      print(f"Measured with kernels=xla. {error}", file=sys.stderr)
+      kernels = "xla"
   array = jnp.asarray(x)
   seed = jnp.array([1, 2], jnp.uint32)
   cases: list[tuple[str, str, dict[str, Any]]] = [
@@ -121,11 +147,12 @@ def ours(x: np.ndarray, kernels: str = "native") -> Iterator[Task]:
     def size(payload: Any, leaf: Any = leaf) -> int:
       return int(leaf.num_bytes(payload))
 
-    yield (
+    yield Task(
       title,
       lambda encode=encode: jax.block_until_ready(encode(array)),
       lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
       size,
+      options.get("kernels", "xla"),
     )
 
 
@@ -159,7 +186,7 @@ def qwix(x: np.ndarray) -> Iterator[Task]:
     how = qarray.HowToQuantize(qtype=qtype, **options)
     encode = jax.jit(lambda x, how=how: qarray.quantize(x, how))
     decode = jax.jit(qarray.dequantize)
-    yield (
+    yield Task(
       title,
       lambda encode=encode: jax.block_until_ready(encode(array)),
       lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
@@ -216,14 +243,14 @@ def torch(x: np.ndarray) -> Iterator[Task]:
     array = payload[1] if isinstance(payload, tuple) else payload
     return array.numel() * array.element_size()
 
-  yield "float16", lambda: array.half(), lambda p: p.float(), size
-  yield "bfloat16", lambda: array.bfloat16(), lambda p: p.float(), size
-  yield "float8", float8, scaled, size
-  yield "int8", int8, lambda p: p.dequantize(), size
-  yield "int8 affine", affine, lambda p: p.dequantize(), size
-  yield "int4", lambda: pack4(False), unpack4, size
-  yield "int8 stochastic", stochastic8, lambda p: scaled(p, 127), size
-  yield "int4 stochastic", lambda: pack4(True), unpack4, size
+  yield Task("float16", lambda: array.half(), lambda p: p.float(), size)
+  yield Task("bfloat16", lambda: array.bfloat16(), lambda p: p.float(), size)
+  yield Task("float8", float8, scaled, size)
+  yield Task("int8", int8, lambda p: p.dequantize(), size)
+  yield Task("int8 affine", affine, lambda p: p.dequantize(), size)
+  yield Task("int4", lambda: pack4(False), unpack4, size)
+  yield Task("int8 stochastic", stochastic8, lambda p: scaled(p, 127), size)
+  yield Task("int4 stochastic", lambda: pack4(True), unpack4, size)
 
 
 SYSTEMS = {"mpqfl_jax": ours, "xla": xla, "qwix": qwix, "torch": torch}
@@ -237,7 +264,7 @@ def work(system: str, elements: int) -> list[Row]:
   x *= np.float32(0.01)
   beside = copies(x)
   rows = []
-  for codec, encode, decode, size in SYSTEMS[system](x):
+  for codec, encode, decode, size, kernels in SYSTEMS[system](x):
     payload = encode()
     bytes_ = size(payload)
     error = np.asarray(decode(payload)).reshape(-1) - x
@@ -250,6 +277,7 @@ def work(system: str, elements: int) -> list[Row]:
       {
         "system": system,
         "codec": codec,
+        "kernels": kernels,
         "elements": elements,
         "encode_gb_s": moved / encoding,
         "decode_gb_s": moved / decoding,
@@ -277,6 +305,8 @@ def run(system: str, elements: int, peers_dir: pathlib.Path) -> list[Row]:
   )
   if done.returncode:
     raise SystemExit(f"{system} failed:\n{done.stderr}")
+  if system in OURS:
+    print(done.stderr, end="", file=sys.stderr)
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -366,8 +396,10 @@ def markdown(rows: list[Row]) -> str:
       cells += [f"{ours[rate]:.1f}", " / ".join(shares), beside(mine, way)]
     lines.append("| " + " | ".join(cells) + " |")
   copies = [row["memcpy_gb_s"] for row in rows]
+  native = [row["codec"] for row in rows if row["kernels"] == "native"]
+  by = f"Native passes: {', '.join(native)}. " if native else ""
   lines.append(
-    f"\n{rows[0]['elements']:,} elements on {rows[0]['cpu']},"
+    f"\n{by}{rows[0]['elements']:,} elements on {rows[0]['cpu']},"
     f" {rows[0]['cores']} cores; copying float32 beside it reached"
     f" {min(copies):.0f} to {max(copies):.0f} GB/s."
   )
@@ -378,7 +410,7 @@ def main() -> None:
   """Runs the benchmark."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--elements", type=int, default=25_000_000)
-  parser.add_argument("--peers", default="", help="of qwix, torch")
+  parser.add_argument("--peers", default="", help="of qwix, torch, xla")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--json", default="", help="file to write")
   parser.add_argument(
@@ -395,7 +427,7 @@ def main() -> None:
   peers = [peer for peer in flags.peers.split(",") if peer]
   for peer in peers:
     if peer not in SYSTEMS:
-      parser.error(f"unknown peer {peer!r}: expected qwix or torch")
+      parser.error(f"unknown peer {peer!r}: expected qwix, torch or xla")
   rows = []
   for _ in range(flags.rounds):
     for system in ("mpqfl_jax", *peers):

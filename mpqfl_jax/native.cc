@@ -1,9 +1,10 @@
 // Passes over large arrays that store past the caches, as XLA's FFI calls.
 //
 // A processor that stores a number reads its cache line first, unless told that
-// nobody will read it soon. XLA never tells, so that a pass which only moves
-// memory moves a third more than it has to. Each function here gives the bits
-// that its counterpart in `quantize.py` gives, for one block or a batch of them.
+// nobody will read it soon. XLA never tells, so that a pass which does little
+// but write moves up to twice as much memory as it has to. Each function here
+// gives the bits that its counterpart in `quantize.py` gives, for one block or
+// a batch of them.
 
 #include <immintrin.h>
 
@@ -33,13 +34,14 @@ using Halves = ffi::Buffer<ffi::U16>;
 using Floats = ffi::Buffer<ffi::F32>;
 
 constexpr float kLargest = 0x1p126f;
-// What is computed in the first-level cache before it is stored: little, so that
-// loads and stores take turns.
+// What is computed in the first-level cache before it is stored: little, so
+// that loads and stores take turns.
 constexpr int64_t kTileBytes = 1024;
 // Entries that a thread takes at a time, at least.
 constexpr int64_t kLeastChunk = int64_t{1} << 16;
-// Results below stay in the caches, where whoever reads them next finds them.
-constexpr int64_t kLeastBypass = int64_t{8} << 20;
+// Passes that read and write less leave what they write in a last-level cache
+// for whoever reads it next. Virtual machines do not tell its size.
+constexpr int64_t kLeastBypass = int64_t{32} << 20;
 constexpr int64_t kLine = 64;
 
 int64_t CeilOfRatio(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -136,10 +138,12 @@ void Store(T* out, int64_t count, bool bypass, Fill fill) {
 bool Bypasses(int64_t bytes) { return bytes >= kLeastBypass; }
 
 // Computes `batch` rows of `count` entries: fill(row, begin, size, to).
+//
+// `read`: the bytes that this reads.
 template <typename T, typename Fill>
-void Pass(ffi::ThreadPool pool, int64_t batch, int64_t count, T* out,
-          Fill fill) {
-  const bool bypass = Bypasses(batch * count * sizeof(T));
+void Pass(ffi::ThreadPool pool, int64_t batch, int64_t count, int64_t read,
+          T* out, Fill fill) {
+  const bool bypass = Bypasses(read + batch * count * sizeof(T));
   ForChunks(pool, batch, count, [=](int64_t row, int64_t begin, int64_t end) {
     Store(out + row * count + begin, end - begin, bypass,
           [=](T* to, int64_t from, int64_t size) {
@@ -296,7 +300,7 @@ ffi::Error ToGrid(ffi::ThreadPool pool, Floats x, Floats scale, Floats zero,
   const float* zeros = zero.typed_data();
   const int64_t batch = scale.element_count();
   const int64_t count = x.element_count() / batch;
-  Pass(pool, batch, count, codes->typed_data(),
+  Pass(pool, batch, count, x.size_bytes(), codes->typed_data(),
        [=](int64_t row, int64_t begin, int64_t size, uint8_t* to) {
          const float reciprocal = 1 / scales[row];
          const float least = -zeros[row], most = levels - 1 - zeros[row];
@@ -342,7 +346,7 @@ ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
   const float* scales = scale.typed_data();
   const float* zeros = zero.typed_data();
   float* out = x->typed_data();
-  const bool bypass = Bypasses(x->size_bytes());
+  const bool bypass = Bypasses(packed.size_bytes() + x->size_bytes());
   int width = 1;
   while ((int64_t{1} << width) < levels) ++width;
   const int planes = levels == 3 ? 5 : 8 / width;
@@ -377,7 +381,7 @@ ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
 // `quantize.to_format` to float16.
 ffi::Error ToFloat16(ffi::ThreadPool pool, Floats x, ffi::Result<Halves> out) {
   const float* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), out->typed_data(),
+  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
        [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
          Each(in + begin, size, to,
               [](Vector v) { return Float16(Sound(v, -65504, 65504)); });
@@ -389,7 +393,7 @@ ffi::Error ToFloat16(ffi::ThreadPool pool, Floats x, ffi::Result<Halves> out) {
 ffi::Error ToBfloat16(ffi::ThreadPool pool, Floats x,
                       ffi::Result<Halves> out) {
   const float* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), out->typed_data(),
+  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
        [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
          Each(in + begin, size, to, [](Vector v) {
            return Bfloat16(Sound(v, -kLargest, kLargest));
@@ -411,7 +415,7 @@ void FloatsOf(const uint16_t* halves, int64_t size, float* to) {
 ffi::Error FromFloat16(ffi::ThreadPool pool, Halves x,
                        ffi::Result<Floats> out) {
   const uint16_t* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), out->typed_data(),
+  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
        [=](int64_t, int64_t begin, int64_t size, float* to) {
          FloatsOf(in + begin, size, to);
        });
@@ -422,7 +426,7 @@ ffi::Error FromFloat16(ffi::ThreadPool pool, Halves x,
 ffi::Error FromBfloat16(ffi::ThreadPool pool, Halves x,
                         ffi::Result<Floats> out) {
   const uint16_t* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), out->typed_data(),
+  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
        [=](int64_t, int64_t begin, int64_t size, float* __restrict to) {
          const uint16_t* __restrict halves = in + begin;
          for (int64_t i = 0; i < size; ++i) {
@@ -442,7 +446,7 @@ ffi::Error FromFloat8(ffi::ThreadPool pool, Bytes x, Floats scale,
   const int64_t batch = scale.element_count();
   const int64_t count = x.element_count() / batch;
   const int shift = 10 - static_cast<int>(mantissa);
-  Pass(pool, batch, count, out->typed_data(),
+  Pass(pool, batch, count, x.size_bytes(), out->typed_data(),
        [=](int64_t row, int64_t begin, int64_t size, float* to) {
          const uint8_t* codes = in + row * count + begin;
          const float factor = scales[row];

@@ -1,15 +1,15 @@
 """Passes over large leaves in C++, for a CPU on which memory is what limits.
 
 A processor reads a cache line before it stores part of it, unless told not to,
-and XLA does not tell it. A pass that encodes or decodes a leaf larger than the
-caches moves a third less by storing past them. `native.cc` has such passes for
-codecs that do little else than move memory, with the bits that XLA's give;
-JAX's foreign function interface calls them.
+and XLA does not tell it. Where a leaf is larger than the caches, decoding moves
+little more than half as much memory by storing past them. `native.cc` has such
+passes for codecs that do little else than move memory, with the bits that XLA's
+give; JAX's foreign function interface calls them.
 
-XLA cannot fuse what comes before or after with them, as it does with its own:
-they are for leaves that are encoded and decoded by themselves, not for rounds
-of small models. They are compiled once for a processor, by the machine's own
-compiler, and kept.
+XLA cannot fuse what comes before or after with them, as it does with its own
+(and then may round a decoded entry and its sum once in place of twice): they
+are for large leaves that are encoded and decoded by themselves, not for rounds
+of small models. The machine's own compiler makes them once for its processor.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from mpqfl_jax.errors import UserError
 from mpqfl_jax.types import Array
 
 _SOURCE = pathlib.Path(__file__).with_name("native.cc")
-_FUNCTIONS = (
+FUNCTIONS = (
   *("extremes", "to_grid", "from_grid", "from_float8"),
   *("to_float16", "from_float16", "to_bfloat16", "from_bfloat16"),
 )
@@ -112,13 +112,14 @@ def load() -> None:
       f"kernels=native: {e}. Set MPQFL_CACHE_DIR to a folder in which a library"
       " can be written and run."
     ) from e
-  for name in _FUNCTIONS:
+  for name in FUNCTIONS:
     jax.ffi.register_ffi_target(
-      _target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
+      target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
     )
 
 
-def _target(name: str) -> str:
+def target(name: str) -> str:
+  """What a function of `FUNCTIONS` is called in a program."""
   return f"mpqfl_jax_{name}"
 
 
@@ -174,7 +175,7 @@ def _call(
 ) -> Array:
   # Clients side by side are rows of one call.
   return jax.ffi.ffi_call(
-    _target(name),
+    target(name),
     jax.ShapeDtypeStruct(shape, dtype),
     vmap_method="broadcast_all",
   )(*arrays, **options)

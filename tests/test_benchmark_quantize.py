@@ -14,6 +14,7 @@ def row(system, encode, decode, copy, codec="int8"):
   return {
     "system": system,
     "codec": codec,
+    "kernels": "native" if system == "mpqfl_jax" else None,
     "elements": 100,
     "encode_gb_s": encode,
     "decode_gb_s": decode,
