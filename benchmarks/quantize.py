@@ -149,8 +149,8 @@ def ours(x: np.ndarray, kernels: str = "native") -> Iterator[Task]:
 
     yield Task(
       title,
-      lambda encode=encode: jax.block_until_ready(encode(array)),
-      lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
+      lambda: jax.block_until_ready(encode(array)),
+      lambda payload: jax.block_until_ready(decode(payload)),
       size,
       options.get("kernels", "xla"),
     )
@@ -188,8 +188,8 @@ def qwix(x: np.ndarray) -> Iterator[Task]:
     decode = jax.jit(qarray.dequantize)
     yield Task(
       title,
-      lambda encode=encode: jax.block_until_ready(encode(array)),
-      lambda payload, decode=decode: jax.block_until_ready(decode(payload)),
+      lambda: jax.block_until_ready(encode(array)),
+      lambda payload: jax.block_until_ready(decode(payload)),
       lambda payload: sum(leaf.nbytes for leaf in jax.tree.leaves(payload)),
     )
 

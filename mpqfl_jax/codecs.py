@@ -90,6 +90,10 @@ def blockwise(
   levels = numeric.levels
   blocks = blocking.Blocks.of(shape, granularity, levels)
   dither = numeric.rounding == "dither"
+  if passes is not None and blocks.number > 1:
+    raise UserError(
+      f"kernels=native with granularity={granularity}: expected tensor."
+    )
 
   fields = fields_of(numeric, count, blocks.number)
   if dither:
@@ -135,7 +139,9 @@ def blockwise(
     x = fill(jnp.asarray(x, jnp.float32))
     random = numeric.rounding != "nearest"
     uniform = draw(seed) if random else None
-    reference = blocks.whole(x) if passes is None else passes.extremes(x)
+    reference = blocks.whole(x)
+    if passes is not None and numeric.side:
+      reference = native.extremes(x)
     if momentum is not None:
       extremes = quantize.extremes(reference, blocks.axis)
       seen = jnp.stack([e.reshape(blocks.number) for e in extremes])

@@ -22,6 +22,8 @@ import pathlib
 import platform
 import sys
 
+from mpqfl_jax.errors import UserError
+
 # glibc reads these when a process starts.
 _ALLOCATOR = {
   "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
@@ -116,8 +118,18 @@ def _processor(field: str) -> str:
 
 
 def cache_dir() -> pathlib.Path:
-  """The folder for what can be made again, which need not exist yet."""
-  if own := os.environ.get("MPQFL_CACHE_DIR"):
-    return pathlib.Path(own).expanduser()
+  """The folder for what can be made again, which need not exist yet.
+
+  Raises:
+    UserError: it is in the home folder of a user who has none.
+  """
+  own = os.environ.get("MPQFL_CACHE_DIR")
   shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(shared).expanduser() / "mpqfl_jax"
+  path = pathlib.Path(own or f"{shared}/mpqfl_jax")
+  try:
+    return path.expanduser()
+  except RuntimeError as e:
+    raise UserError(
+      f"cache folder {path}: {e} Set MPQFL_CACHE_DIR to a folder that can be"
+      " written."
+    ) from e

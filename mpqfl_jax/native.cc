@@ -37,7 +37,7 @@ constexpr float kLargest = 0x1p126f;
 // What is computed in the first-level cache before it is stored: little, so
 // that loads and stores take turns.
 constexpr int64_t kTileBytes = 1024;
-// Entries that a thread takes at a time, at least.
+// Entries, or bytes of codes, that a thread takes at a time, at least.
 constexpr int64_t kLeastChunk = int64_t{1} << 16;
 // Passes that read and write less leave what they write in a last-level cache
 // for whoever reads it next. Virtual machines do not tell its size.
@@ -80,20 +80,31 @@ void ForEach(ffi::ThreadPool pool, int64_t count, Run run) {
   }
 }
 
-// ForEach over chunks of `batch` rows of `count` entries: run(row, begin, end).
+// Runs run(row, begin, end) for all of `batch` rows of `count` entries.
+//
+// A thread takes as many entries at a time as there are for each, at least
+// `kLeastChunk`: it reads ahead in few streams. They may be of several rows.
 template <typename Run>
 void ForChunks(ffi::ThreadPool pool, int64_t batch, int64_t count, Run run) {
+  const int64_t all = batch * count;
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const int64_t chunk = std::clamp(CeilOfRatio(batch * count, threads),
-                                   std::min(kLeastChunk, count), count);
-  const int64_t chunks = CeilOfRatio(count, chunk);
-  ForEach(pool, batch * chunks, [=](int64_t i) {
-    const int64_t begin = i % chunks * chunk;
-    run(i / chunks, begin, std::min(begin + chunk, count));
+  const int64_t share = std::max(CeilOfRatio(all, threads), kLeastChunk);
+  const int64_t chunk = CeilOfRatio(share, kLine) * kLine;
+  ForEach(pool, CeilOfRatio(all, chunk), [=](int64_t i) {
+    const int64_t end = std::min((i + 1) * chunk, all);
+    for (int64_t at = i * chunk; at < end;) {
+      const int64_t row = at / count, first = row * count;
+      const int64_t stop = std::min(first + count, end);
+      run(row, at - first, stop - first);
+      at = stop;
+    }
+    // Of `StoreLines`.
+    _mm_sfence();
   });
 }
 
-// Stores whole cache lines past the caches; `out` is aligned to one.
+// Stores whole cache lines past the caches; `out` is aligned to one. A fence is
+// wanted before other threads read them.
 void StoreLines(char* out, const char* in, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) {
 #ifdef __AVX512F__
@@ -132,7 +143,6 @@ void Store(T* out, int64_t count, bool bypass, Fill fill) {
                 reinterpret_cast<const char*>(tile) + lines,
                 size * sizeof(T) - lines);
   }
-  _mm_sfence();
 }
 
 bool Bypasses(int64_t bytes) { return bytes >= kLeastBypass; }
@@ -229,6 +239,7 @@ void Each(const float* x, int64_t size, T* to, One one) {
     static_assert(sizeof(some) == kLanes * sizeof(T));
     std::memcpy(to + i, &some, sizeof(some));
   }
+  if (i == size) return;
   float rest[kLanes] = {};
   std::copy(x + i, x + size, rest);
   const auto some = one(Load(rest));
@@ -239,7 +250,7 @@ void Each(const float* x, int64_t size, T* to, One one) {
 ffi::Error Extremes(ffi::ThreadPool pool, Floats x, ffi::Result<Floats> ends) {
   constexpr int kParallel = 4, kStep = kParallel * kLanes;
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const int64_t batch = ends->element_count() / 2;
+  const int64_t batch = std::max<int64_t>(ends->element_count() / 2, 1);
   const int64_t count = x.element_count() / batch;
   const float* in = x.typed_data();
   float* out = ends->typed_data();
@@ -267,9 +278,11 @@ ffi::Error Extremes(ffi::ThreadPool pool, Floats x, ffi::Result<Floats> ends) {
     };
     int64_t i = begin;
     for (; i + kStep <= end; i += kStep) see(y + i);
-    float rest[kStep];
-    std::fill(std::copy(y + i, y + end, rest), rest + kStep, y[begin]);
-    see(rest);
+    if (i < end) {
+      float rest[kStep];
+      std::fill(std::copy(y + i, y + end, rest), rest + kStep, y[begin]);
+      see(rest);
+    }
     for (int j = 1; j < kParallel; ++j) {
       low[0] = Min(low[j], low[0]);
       high[0] = Max(high[j], high[0]);
@@ -284,9 +297,14 @@ ffi::Error Extremes(ffi::ThreadPool pool, Floats x, ffi::Result<Floats> ends) {
       bottom = -kLargest;
       top = kLargest;
     }
-    const std::lock_guard<std::mutex> lock(*mutex);
-    out[2 * row] = std::min(out[2 * row], std::max(bottom, -kLargest));
-    out[2 * row + 1] = std::max(out[2 * row + 1], std::min(top, kLargest));
+    bottom = std::max(bottom, -kLargest);
+    top = std::min(top, kLargest);
+    // Other threads have other parts of the row, if it is not whole.
+    const bool whole = end - begin == count;
+    const auto lock = whole ? std::unique_lock<std::mutex>()
+                            : std::unique_lock<std::mutex>(*mutex);
+    out[2 * row] = std::min(out[2 * row], bottom);
+    out[2 * row + 1] = std::max(out[2 * row + 1], top);
   });
   return ffi::Error::Success();
 }
@@ -298,7 +316,7 @@ ffi::Error ToGrid(ffi::ThreadPool pool, Floats x, Floats scale, Floats zero,
   const float* in = x.typed_data();
   const float* scales = scale.typed_data();
   const float* zeros = zero.typed_data();
-  const int64_t batch = scale.element_count();
+  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
   const int64_t count = x.element_count() / batch;
   Pass(pool, batch, count, x.size_bytes(), codes->typed_data(),
        [=](int64_t row, int64_t begin, int64_t size, uint8_t* to) {
@@ -311,14 +329,6 @@ ffi::Error ToGrid(ffi::ThreadPool pool, Floats x, Floats scale, Floats zero,
          });
        });
   return ffi::Error::Success();
-}
-
-// The code of plane `plane` in a byte of three-valued ones.
-template <int kPlane>
-int32_t Trit(int32_t byte) {
-  // A product and a shift divide a byte by three.
-  for (int i = 0; i < kPlane; ++i) byte = (byte * 171) >> 9;
-  return kPlane == 4 ? byte : byte - 3 * ((byte * 171) >> 9);
 }
 
 // Decodes what one plane holds: out[i] = (code(bytes[i]) - zero) * scale.
@@ -339,7 +349,7 @@ void Plane(const uint8_t* bytes, int64_t count, float scale, float zero,
 // [batch, count].
 ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
                     Floats zero, ffi::Result<Floats> x, int64_t levels) {
-  const int64_t batch = scale.element_count();
+  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
   const int64_t size = packed.element_count() / batch;
   const int64_t count = x->element_count() / batch;
   const uint8_t* in = packed.typed_data();
@@ -353,25 +363,26 @@ ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
   const int32_t mask = (1 << width) - 1;
   ForChunks(pool, batch, size, [=](int64_t row, int64_t begin, int64_t end) {
     const uint8_t* bytes = in + row * size + begin;
-    for (int p = 0; p < planes; ++p) {
+    int power = 1;
+    for (int p = 0; p < planes; ++p, power *= 3) {
+      // The last plane may be short, or missing.
       const int64_t n = std::min(end, count - p * size) - begin;
-      if (n <= 0) return;
+      if (n <= 0) break;
       float* to = out + row * count + p * size + begin;
       auto plane = [=](auto code) {
         Plane(bytes, n, scales[row], zeros[row], to, bypass, code);
       };
-      if (levels != 3) {
-        plane([=](int32_t b) { return (b >> (p * width)) & mask; });
-      } else if (p == 0) {
-        plane([](int32_t b) { return Trit<0>(b); });
-      } else if (p == 1) {
-        plane([](int32_t b) { return Trit<1>(b); });
-      } else if (p == 2) {
-        plane([](int32_t b) { return Trit<2>(b); });
-      } else if (p == 3) {
-        plane([](int32_t b) { return Trit<3>(b); });
+      if (levels == 3) {
+        // Divided by a power of three, but of the last digit its remainder.
+        const int factor = CeilOfRatio(1 << 16, power);
+        const int third = CeilOfRatio(1 << 16, 3);
+        const int base = p == planes - 1 ? 0 : 3;
+        plane([=](int32_t b) {
+          const int32_t shifted = (b * factor) >> 16;
+          return shifted - base * ((shifted * third) >> 16);
+        });
       } else {
-        plane([](int32_t b) { return Trit<4>(b); });
+        plane([=](int32_t b) { return (b >> (p * width)) & mask; });
       }
     }
   });
@@ -443,7 +454,7 @@ ffi::Error FromFloat8(ffi::ThreadPool pool, Bytes x, Floats scale,
                       ffi::Result<Floats> out, int64_t mantissa, float unit) {
   const uint8_t* in = x.typed_data();
   const float* scales = scale.typed_data();
-  const int64_t batch = scale.element_count();
+  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
   const int64_t count = x.element_count() / batch;
   const int shift = 10 - static_cast<int>(mantissa);
   Pass(pool, batch, count, x.size_bytes(), out->typed_data(),
@@ -467,28 +478,28 @@ ffi::Error FromFloat8(ffi::ThreadPool pool, Bytes x, Floats scale,
 
 }  // namespace
 
-#define ANY ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define BOUND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(extremes, Extremes,
-                              ANY.Arg<Floats>().Ret<Floats>());
+                              BOUND.Arg<Floats>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     to_grid, ToGrid,
-    ANY.Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Bytes>().Attr<int64_t>(
+    BOUND.Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Bytes>().Attr<int64_t>(
         "levels"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     from_grid, FromGrid,
-    ANY.Arg<Bytes>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>(
+    BOUND.Arg<Bytes>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>(
         "levels"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(to_float16, ToFloat16,
-                              ANY.Arg<Floats>().Ret<Halves>());
+                              BOUND.Arg<Floats>().Ret<Halves>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(from_float16, FromFloat16,
-                              ANY.Arg<Halves>().Ret<Floats>());
+                              BOUND.Arg<Halves>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(to_bfloat16, ToBfloat16,
-                              ANY.Arg<Floats>().Ret<Halves>());
+                              BOUND.Arg<Floats>().Ret<Halves>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(from_bfloat16, FromBfloat16,
-                              ANY.Arg<Halves>().Ret<Floats>());
+                              BOUND.Arg<Halves>().Ret<Floats>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(from_float8, FromFloat8,
-                              ANY.Arg<Bytes>()
+                              BOUND.Arg<Bytes>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
                                   .Attr<int64_t>("mantissa")

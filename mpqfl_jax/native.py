@@ -39,51 +39,58 @@ FUNCTIONS = (
   *("extremes", "to_grid", "from_grid", "from_float8"),
   *("to_float16", "from_float16", "to_bfloat16", "from_bfloat16"),
 )
-# Sums and products as they are written, like XLA's.
+# After the user's: sums and products are as they are written, like XLA's.
 _OPTIONS = (
   *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
-  *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-  *("-shared", "-fPIC"),
+  *("-fno-fast-math", "-ffp-contract=off"),
+  *("-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
 )
+# Of what a compiler says.
+_LINES = 20
 
 
 class Passes(NamedTuple):
   """What replaces XLA's passes over a leaf that is one block.
 
   Attributes:
-    extremes: x -> [2], what side information is fitted to.
     write: ([entries] float32, side) -> packed codes; None leaves it to XLA.
     read: (packed codes, side) -> [entries] float32.
   """
 
-  extremes: Callable[[Array], Array]
   write: Callable[[Array, numerics.Side], Array] | None
   read: Callable[[Array, numerics.Side], Array]
 
 
 def passes(numeric: numerics.Numerics, entries: int) -> Passes:
-  """The passes of a leaf.
+  """The passes of a leaf. They are compiled here, and JAX's backend starts.
 
   Args:
     numeric: a cast, or integers of 1, 2, 4 or 8 bits without dither.
     entries: of the leaf.
 
   Raises:
-    UserError: other numerics, another backend or processor, no compiler.
+    UserError: other numerics, and what `load` raises.
   """
+  nearest = numeric.rounding == "nearest"
   if numeric.format is not None:
-    write, read = _cast(numeric.format, entries)
+    made = _cast(numeric.format, nearest, entries)
   elif numeric.grid is not None and bitpack.fills_byte(numeric.levels):
-    write, read = _grid(numeric.grid, numeric.levels, entries)
+    made = _grid(numeric.grid, numeric.levels, nearest, entries)
   else:
     raise UserError(
       f"kernels=native: there are none for {numeric.name}. Expected float16,"
       " bfloat16, float8, int1, int2, int4 or int8 without dither."
     )
   load()
-  if numeric.rounding != "nearest":
-    write = None
-  return Passes(_extremes, write, read)
+  return made
+
+
+def extremes(x: Array) -> Array:
+  """[2] float32, `quantize.extremes` of an array; zero may have another sign.
+
+  `load` comes first.
+  """
+  return _call("extremes", (2,), jnp.float32, x.reshape(-1))
 
 
 @functools.cache
@@ -105,12 +112,14 @@ def load() -> None:
       "kernels=native: they need a processor with AVX2 (x86-64-v3), and this is"
       f" {host.processor()}, {platform.machine()}. Expected kernels=xla."
     )
+  path = _built()
   try:
-    library = ctypes.CDLL(str(_built()))
+    library = ctypes.CDLL(str(path))
   except OSError as e:
     raise UserError(
-      f"kernels=native: {e}. Set MPQFL_CACHE_DIR to a folder in which a library"
-      " can be written and run."
+      f"kernels=native: {e}. Expected a library that can be loaded: set"
+      " MPQFL_CACHE_DIR to a folder from which programs may run, or CXX to"
+      " another compiler."
     ) from e
   for name in FUNCTIONS:
     jax.ffi.register_ffi_target(
@@ -125,49 +134,71 @@ def target(name: str) -> str:
 
 def _built() -> pathlib.Path:
   """The compiled library, in the cache of this user."""
-  compiler = _compiler()
-  options = [*_OPTIONS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-  command = [*compiler, *options, "-isystem", jax.ffi.include_dir()]
+  compiler = _words("CXX") or _found_compiler()
+  program = shutil.which(compiler[0])
+  if program is None:
+    raise UserError(
+      f"kernels=native: there is no C++ compiler {compiler[0]} on the path."
+      " Expected kernels=xla, or a compiler such as g++, or its name in CXX."
+    )
+  command = [*compiler, *_words("CXXFLAGS"), *_OPTIONS]
+  command += ["-isystem", jax.ffi.include_dir()]
   parts = [
     _SOURCE.read_text(),
+    program,
     *command,
-    shutil.which(compiler[0]) or "",
     jaxlib.__version__,
     # `native` is this one; a home folder may be shared.
     *sorted(host.processor_flags()),
   ]
   digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
   path = host.cache_dir() / f"native-{digest}.so"
-  if path.exists():
-    return path
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-    made = pathlib.Path(folder) / path.name
-    done = subprocess.run(
-      [*command, str(_SOURCE), "-o", str(made)], capture_output=True, text=True
+  try:
+    if not path.exists():
+      path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = pathlib.Path(folder) / path.name
+        _compile([*command, str(_SOURCE), "-o", str(made)], made)
+        # At once: another process may be doing the same.
+        made.replace(path)
+    owner = path.stat().st_uid
+  except OSError as e:
+    raise UserError(
+      f"kernels=native: {e}. Set MPQFL_CACHE_DIR to a folder that can be"
+      " written."
+    ) from e
+  # It is going to run: nobody else may have put it there.
+  if owner not in (0, os.getuid()):
+    raise UserError(
+      f"kernels=native: {path} belongs to another user. Set MPQFL_CACHE_DIR to"
+      " a folder of your own."
     )
-    if done.returncode:
-      raise UserError(
-        f"kernels=native: {shlex.join(compiler)} could not compile"
-        f" {_SOURCE.name}. Expected kernels=xla, or another compiler in"
-        f" CXX.\n{done.stderr}"
-      )
-    # At once: another process may be doing the same.
-    made.replace(path)
   return path
 
 
-def _compiler() -> list[str]:
-  named = shlex.split(os.environ.get("CXX", ""))
-  candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
-  for command in candidates:
-    if shutil.which(command[0]):
-      return command
-  raise UserError(
-    f"kernels=native: no C++ compiler ({' or '.join(c[0] for c in candidates)})"
-    " is on the path. Expected kernels=xla, or a compiler such as g++, or its"
-    " name in CXX."
-  )
+def _compile(command: list[str], made: pathlib.Path) -> None:
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode or not made.exists():
+    said = "\n".join(done.stderr.splitlines()[:_LINES])
+    raise UserError(
+      f"kernels=native: {shlex.join(command)} ended with {done.returncode}."
+      " Expected kernels=xla, or another compiler or other options in CXX and"
+      f" CXXFLAGS.\n{said}"
+    )
+
+
+def _words(variable: str) -> list[str]:
+  try:
+    return shlex.split(os.environ.get(variable, ""))
+  except ValueError as e:
+    raise UserError(
+      f"{variable}={os.environ[variable]}: {e}. Expected words as in a shell."
+    ) from e
+
+
+def _found_compiler() -> list[str]:
+  known = ("c++", "g++", "clang++")
+  return [next(filter(shutil.which, known), known[0])]
 
 
 def _call(
@@ -181,39 +212,33 @@ def _call(
   )(*arrays, **options)
 
 
-def _extremes(x: Array) -> Array:
-  return _call("extremes", (2,), jnp.float32, x.reshape(-1))
-
-
 def _grid(
-  grid: Callable[[numerics.Side], quantize.Grid], levels: int, entries: int
-) -> tuple[Callable | None, Callable]:
-  def along(side):
+  grid: Callable[[numerics.Side], quantize.Grid],
+  levels: int,
+  nearest: bool,
+  entries: int,
+) -> Passes:
+  def call(name, dtype, array, side):
     scale, zero_point, *_ = grid(side)
-    return scale.reshape(1), zero_point.reshape(1)
-
-  def write(x, side):
     return _call(
-      "to_grid", (entries,), jnp.uint8, x, *along(side), levels=np.int64(levels)
-    )
-
-  def read(packed, side):
-    return _call(
-      "from_grid",
+      name,
       (entries,),
-      jnp.float32,
-      packed,
-      *along(side),
+      dtype,
+      array,
+      scale.reshape(1),
+      zero_point.reshape(1),
       levels=np.int64(levels),
     )
 
-  # Codes that share bytes are XLA's: arithmetic limits them, not memory.
-  return write if levels > 128 else None, read
+  # To codes that share bytes, arithmetic is the limit, not memory.
+  writes = nearest and levels > 128
+  return Passes(
+    functools.partial(call, "to_grid", jnp.uint8) if writes else None,
+    functools.partial(call, "from_grid", jnp.float32),
+  )
 
 
-def _cast(
-  fmt: quantize.FloatFormat, entries: int
-) -> tuple[Callable | None, Callable]:
+def _cast(fmt: quantize.FloatFormat, nearest: bool, entries: int) -> Passes:
   name = fmt.dtype.name
 
   def write(x, side):
@@ -233,4 +258,6 @@ def _cast(
       unit=fmt.unit,
     )
 
-  return (write, read) if fmt.dtype.itemsize > 1 else (None, read_scaled)
+  if fmt.dtype.itemsize == 1:
+    return Passes(None, read_scaled)
+  return Passes(write if nearest else None, read)

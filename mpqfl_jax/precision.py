@@ -66,7 +66,8 @@ def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
     if kernels != "xla":
       raise UserError(f"kernels={kernels}: expected rotate=False.")
     return rotation.rotated(
-      shape, lambda flat, _: _blockwise(flat, numeric, granularity, "xla", past)
+      shape,
+      lambda flat, _: _blockwise(flat, numeric, granularity, momentum=past),
     )
 
   return build
@@ -469,10 +470,6 @@ def _blockwise(
   numerics.require_choice("kernels", kernels, KERNELS)
   passes = None
   if kernels == "native":
-    if granularity != "tensor":
-      raise UserError(
-        f"kernels=native with granularity={granularity}: expected tensor."
-      )
     passes = native.passes(numeric, math.prod(shape))
   return codecs.blockwise(shape, numeric, granularity, momentum, passes)
 

@@ -165,9 +165,20 @@ def test_no_thread_overlooks_what_is_not_finite(special, where):
 
 
 @some
-def test_clients_side_by_side(case):
-  xla, ours = pair(case, (13, 21))
-  x = jnp.asarray(normal(2, 5, 13, 21)) * jnp.arange(1.0, 6)[:, None, None]
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (2, 5, 13, 21),
+    # Threads take several rows, cut rows, or parts of rows.
+    (2, 3000, 1, 17),
+    (1, 3, 1, 100_003),
+    (1, 1, 1, 200_001),
+  ],
+)
+def test_clients_side_by_side(case, shape):
+  xla, ours = pair(case, shape[2:])
+  x = jnp.asarray(normal(*shape))
+  x *= jnp.arange(1.0, shape[1] + 1)[:, None, None]
 
   def both_ways(leaf):
     def one(x):
@@ -278,7 +289,13 @@ def test_passes_are_native_where_they_are_said_to_be():
 )
 def test_what_has_no_native_passes_is_refused(name, options, said):
   with pytest.raises(UserError, match=said):
-    precision.leaf_codec(name, (10,), options | {"kernels": "native"})
+    precision.leaf_codec(name, (10, 20), options | {"kernels": "native"})
+
+
+def test_blocks_of_a_whole_leaf_are_none_of_many():
+  for granularity in ("channel", 10):
+    options = {"kernels": "native", "granularity": granularity}
+    assert precision.leaf_codec("int8", (10,), options).name
 
 
 def test_names_of_kernels():
@@ -352,17 +369,19 @@ def test_without_avx_512(tmp_path):
 @pytest.mark.parametrize(
   ("environment", "said"),
   [
-    ({"CXX": "/nowhere/c++"}, "no C++ compiler (/nowhere/c++)"),
-    ({"CXX": "false"}, "false could not compile native.cc"),
+    ({"CXX": "/nowhere/c++"}, "no C++ compiler /nowhere/c++"),
+    ({"CXX": "false"}, "ended with 1"),
+    ({"CXX": "true"}, "ended with 0"),
     ({"MPQFL_CACHE_DIR": "/dev/null/cache"}, "Set MPQFL_CACHE_DIR"),
+    ({"CXX": "'c++"}, "CXX='c++: No closing quotation."),
+    ({"MPQFL_CACHE_DIR": "~nobody_of_that_name/x"}, "Set MPQFL_CACHE_DIR"),
   ],
 )
 def test_no_library_no_traceback(tmp_path, environment, said):
   process = start(tmp_path, **environment)
   _, errors = process.communicate()
   assert process.returncode == 1
-  assert errors.startswith("refused: kernels=native: ")
-  assert said in errors
+  assert errors.startswith("refused: ") and said in errors
   assert not tmp_path.exists() or not list(tmp_path.iterdir())
 
 
