@@ -176,8 +176,7 @@ def blockwise(
 
   def decode(payload):
     if passes is not None:
-      side = {name: payload[name] for name in numeric.side}
-      return passes.read(payload["codes"], side).reshape(shape)
+      return passes.read(payload["codes"], payload).reshape(shape)
     return blocks.join(numeric.decode(*read(payload, numeric.table)))
 
   def bins(payload):

@@ -46,6 +46,11 @@ constexpr int64_t kLine = 64;
 
 int64_t CeilOfRatio(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many rows there are, one scale each.
+int64_t Rows(Floats scale) {
+  return std::max<int64_t>(scale.element_count(), 1);
+}
+
 float FromBits(uint32_t bits) {
   float number;
   std::memcpy(&number, &bits, sizeof(number));
@@ -147,19 +152,22 @@ void Store(T* out, int64_t count, bool bypass, Fill fill) {
 
 bool Bypasses(int64_t bytes) { return bytes >= kLeastBypass; }
 
-// Computes `batch` rows of `count` entries: fill(row, begin, size, to).
-//
-// `read`: the bytes that this reads.
-template <typename T, typename Fill>
-void Pass(ffi::ThreadPool pool, int64_t batch, int64_t count, int64_t read,
-          T* out, Fill fill) {
-  const bool bypass = Bypasses(read + batch * count * sizeof(T));
+// Computes `out`, of as many entries as `x`, in `batch` rows:
+// fill(row, from, size, to), where `from` points at `size` entries of `x`.
+template <typename In, typename Out, typename Fill>
+ffi::Error Pass(ffi::ThreadPool pool, int64_t batch, In x, Out out, Fill fill) {
+  const int64_t count = x.element_count() / batch;
+  const auto* in = x.typed_data();
+  auto* first = out->typed_data();
+  const bool bypass = Bypasses(x.size_bytes() + out->size_bytes());
   ForChunks(pool, batch, count, [=](int64_t row, int64_t begin, int64_t end) {
-    Store(out + row * count + begin, end - begin, bypass,
-          [=](T* to, int64_t from, int64_t size) {
-            fill(row, begin + from, size, to);
+    const int64_t at = row * count + begin;
+    Store(first + at, end - begin, bypass,
+          [=](auto* to, int64_t from, int64_t size) {
+            fill(row, in + at + from, size, to);
           });
   });
+  return ffi::Error::Success();
 }
 
 // What loops over vectors are written in where compilers make worse ones.
@@ -313,22 +321,19 @@ ffi::Error Extremes(ffi::ThreadPool pool, Floats x, ffi::Result<Floats> ends) {
 // [batch, count], a scale and a zero point a row -> [batch, count].
 ffi::Error ToGrid(ffi::ThreadPool pool, Floats x, Floats scale, Floats zero,
                   ffi::Result<Bytes> codes, int64_t levels) {
-  const float* in = x.typed_data();
   const float* scales = scale.typed_data();
   const float* zeros = zero.typed_data();
-  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
-  const int64_t count = x.element_count() / batch;
-  Pass(pool, batch, count, x.size_bytes(), codes->typed_data(),
-       [=](int64_t row, int64_t begin, int64_t size, uint8_t* to) {
-         const float reciprocal = 1 / scales[row];
-         const float least = -zeros[row], most = levels - 1 - zeros[row];
-         const auto offset = static_cast<int>(zeros[row]);
-         Each(in + row * count + begin, size, to, [=](Vector v) {
-           // Ends are whole numbers: what is clamped is rounded alike.
-           return Byte(Sound(v * All(reciprocal), least, most), offset);
-         });
-       });
-  return ffi::Error::Success();
+  return Pass(
+      pool, Rows(scale), x, codes,
+      [=](int64_t row, const float* from, int64_t size, uint8_t* to) {
+        const float reciprocal = 1 / scales[row];
+        const float least = -zeros[row], most = levels - 1 - zeros[row];
+        const auto offset = static_cast<int>(zeros[row]);
+        Each(from, size, to, [=](Vector v) {
+          // Ends are whole numbers: what is clamped is rounded alike.
+          return Byte(Sound(v * All(reciprocal), least, most), offset);
+        });
+      });
 }
 
 // Decodes what one plane holds: out[i] = (code(bytes[i]) - zero) * scale.
@@ -344,12 +349,12 @@ void Plane(const uint8_t* bytes, int64_t count, float scale, float zero,
         });
 }
 
-// `quantize.dequantize` of what `bitpack.unpack` gives, for codes that share no
-// bytes or whole ones: [batch, bytes], a scale and a zero point a row ->
+// `quantize.dequantize` of what `bitpack.unpack` gives, for codes of which a
+// whole number fills a byte: [batch, bytes], a scale and a zero point a row ->
 // [batch, count].
 ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
                     Floats zero, ffi::Result<Floats> x, int64_t levels) {
-  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
+  const int64_t batch = Rows(scale);
   const int64_t size = packed.element_count() / batch;
   const int64_t count = x->element_count() / batch;
   const uint8_t* in = packed.typed_data();
@@ -391,26 +396,23 @@ ffi::Error FromGrid(ffi::ThreadPool pool, Bytes packed, Floats scale,
 
 // `quantize.to_format` to float16.
 ffi::Error ToFloat16(ffi::ThreadPool pool, Floats x, ffi::Result<Halves> out) {
-  const float* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
-       [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
-         Each(in + begin, size, to,
-              [](Vector v) { return Float16(Sound(v, -65504, 65504)); });
-       });
-  return ffi::Error::Success();
+  return Pass(pool, 1, x, out,
+              [](int64_t, const float* from, int64_t size, uint16_t* to) {
+                Each(from, size, to, [](Vector v) {
+                  return Float16(Sound(v, -65504, 65504));
+                });
+              });
 }
 
 // `quantize.to_format` to bfloat16.
 ffi::Error ToBfloat16(ffi::ThreadPool pool, Floats x,
                       ffi::Result<Halves> out) {
-  const float* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
-       [=](int64_t, int64_t begin, int64_t size, uint16_t* to) {
-         Each(in + begin, size, to, [](Vector v) {
-           return Bfloat16(Sound(v, -kLargest, kLargest));
-         });
-       });
-  return ffi::Error::Success();
+  return Pass(pool, 1, x, out,
+              [](int64_t, const float* from, int64_t size, uint16_t* to) {
+                Each(from, size, to, [](Vector v) {
+                  return Bfloat16(Sound(v, -kLargest, kLargest));
+                });
+              });
 }
 
 void FloatsOf(const uint16_t* halves, int64_t size, float* to) {
@@ -425,26 +427,22 @@ void FloatsOf(const uint16_t* halves, int64_t size, float* to) {
 // `quantize.from_format` of float16.
 ffi::Error FromFloat16(ffi::ThreadPool pool, Halves x,
                        ffi::Result<Floats> out) {
-  const uint16_t* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
-       [=](int64_t, int64_t begin, int64_t size, float* to) {
-         FloatsOf(in + begin, size, to);
-       });
-  return ffi::Error::Success();
+  return Pass(pool, 1, x, out,
+              [](int64_t, const uint16_t* from, int64_t size, float* to) {
+                FloatsOf(from, size, to);
+              });
 }
 
 // `quantize.from_format` of bfloat16.
 ffi::Error FromBfloat16(ffi::ThreadPool pool, Halves x,
                         ffi::Result<Floats> out) {
-  const uint16_t* in = x.typed_data();
-  Pass(pool, 1, x.element_count(), x.size_bytes(), out->typed_data(),
-       [=](int64_t, int64_t begin, int64_t size, float* __restrict to) {
-         const uint16_t* __restrict halves = in + begin;
-         for (int64_t i = 0; i < size; ++i) {
-           to[i] = FromBits(uint32_t{halves[i]} << 16);
-         }
-       });
-  return ffi::Error::Success();
+  return Pass(pool, 1, x, out,
+              [](int64_t, const uint16_t* __restrict from, int64_t size,
+                 float* __restrict to) {
+                for (int64_t i = 0; i < size; ++i) {
+                  to[i] = FromBits(uint32_t{from[i]} << 16);
+                }
+              });
 }
 
 // `quantize.from_format` of a float8, times a scale a row: [batch, count] ->
@@ -452,28 +450,24 @@ ffi::Error FromBfloat16(ffi::ThreadPool pool, Halves x,
 // to be multiplied by `unit`.
 ffi::Error FromFloat8(ffi::ThreadPool pool, Bytes x, Floats scale,
                       ffi::Result<Floats> out, int64_t mantissa, float unit) {
-  const uint8_t* in = x.typed_data();
   const float* scales = scale.typed_data();
-  const int64_t batch = std::max<int64_t>(scale.element_count(), 1);
-  const int64_t count = x.element_count() / batch;
   const int shift = 10 - static_cast<int>(mantissa);
-  Pass(pool, batch, count, x.size_bytes(), out->typed_data(),
-       [=](int64_t row, int64_t begin, int64_t size, float* to) {
-         const uint8_t* codes = in + row * count + begin;
-         const float factor = scales[row];
-         constexpr int64_t kPatterns = 256;
-         for (int64_t i = 0; i < size; i += kPatterns) {
-           const int64_t n = std::min(kPatterns, size - i);
-           uint16_t patterns[kPatterns];
-           for (int64_t j = 0; j < n; ++j) {
-             const int code = codes[i + j];
-             patterns[j] = (code & 0x7F) << shift | (code & 0x80) << 8;
-           }
-           FloatsOf(patterns, n, to + i);
-           for (int64_t j = i; j < i + n; ++j) to[j] = to[j] * unit * factor;
-         }
-       });
-  return ffi::Error::Success();
+  return Pass(
+      pool, Rows(scale), x, out,
+      [=](int64_t row, const uint8_t* from, int64_t size, float* to) {
+        const float factor = scales[row];
+        constexpr int64_t kPatterns = 256;
+        for (int64_t i = 0; i < size; i += kPatterns) {
+          const int64_t n = std::min(kPatterns, size - i);
+          uint16_t patterns[kPatterns];
+          for (int64_t j = 0; j < n; ++j) {
+            const int code = from[i + j];
+            patterns[j] = (code & 0x7F) << shift | (code & 0x80) << 8;
+          }
+          FloatsOf(patterns, n, to + i);
+          for (int64_t j = i; j < i + n; ++j) to[j] = to[j] * unit * factor;
+        }
+      });
 }
 
 }  // namespace

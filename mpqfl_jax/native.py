@@ -39,6 +39,8 @@ FUNCTIONS = (
   *("extremes", "to_grid", "from_grid", "from_float8"),
   *("to_float16", "from_float16", "to_bfloat16", "from_bfloat16"),
 )
+# What a processor must be able to do.
+NEEDS = ("avx2", "f16c")
 # After the user's: sums and products are as they are written, like XLA's.
 _OPTIONS = (
   *("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512"),
@@ -107,7 +109,7 @@ def load() -> None:
       "kernels=native: they run on a CPU, and JAX runs on"
       f" {jax.default_backend()} here. Expected kernels=xla."
     )
-  if not {"avx2", "f16c"} <= set(host.processor_flags()):
+  if not set(NEEDS) <= set(host.processor_flags()):
     raise UserError(
       "kernels=native: they need a processor with AVX2 (x86-64-v3), and this is"
       f" {host.processor()}, {platform.machine()}. Expected kernels=xla."

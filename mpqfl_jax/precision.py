@@ -57,17 +57,17 @@ def _integer(bits: int) -> Callable[..., codecs.LeafCodec]:
     kernels: str = "xla",
   ) -> codecs.LeafCodec:
     numeric = numerics.integer(bits, mode, rounding, power_of_two)
+    blocks = _blocks(granularity)
     numerics.require_choice("range", range, ("dynamic", "static"))
     if range == "static":
       numerics.require_share("momentum", momentum)
     past = momentum if range == "static" else None
     if not rotate:
-      return _blockwise(shape, numeric, granularity, kernels, past)
+      return _blockwise(shape, numeric, blocks, kernels, past)
     if kernels != "xla":
       raise UserError(f"kernels={kernels}: expected rotate=False.")
     return rotation.rotated(
-      shape,
-      lambda flat, _: _blockwise(flat, numeric, granularity, momentum=past),
+      shape, lambda flat, _: codecs.blockwise(flat, numeric, blocks, past)
     )
 
   return build
@@ -460,18 +460,24 @@ def _blockwise(
   kernels: str = "xla",
   momentum: float | None = None,
 ) -> codecs.LeafCodec:
-  if granularity not in ("tensor", "channel"):
-    if isinstance(granularity, bool) or not isinstance(granularity, int):
-      raise UserError(
-        f"granularity={granularity!r}: expected tensor, channel or a number of"
-        " entries."
-      )
-    numerics.require_range("granularity", granularity, 1, 2**31 - 1)
+  blocks = _blocks(granularity)
   numerics.require_choice("kernels", kernels, KERNELS)
   passes = None
   if kernels == "native":
     passes = native.passes(numeric, math.prod(shape))
-  return codecs.blockwise(shape, numeric, granularity, momentum, passes)
+  return codecs.blockwise(shape, numeric, blocks, momentum, passes)
+
+
+def _blocks(granularity: Granularity) -> Granularity:
+  if granularity in ("tensor", "channel"):
+    return granularity
+  if isinstance(granularity, bool) or not isinstance(granularity, int):
+    raise UserError(
+      f"granularity={granularity!r}: expected tensor, channel or a number of"
+      " entries."
+    )
+  numerics.require_range("granularity", granularity, 1, 2**31 - 1)
+  return granularity
 
 
 def _check_options(

@@ -109,3 +109,8 @@ def test_rows_pack_like_what_they_are_rows_of(levels):
   np.testing.assert_array_equal(bitpack.pack(cut, levels, np), want)
   np.testing.assert_array_equal(bitpack.pack(jnp.asarray(cut), levels), want)
   np.testing.assert_array_equal(bitpack.pack(other, levels, np), want)
+
+
+def test_what_fills_a_byte():
+  fills = [n for n in range(2, 300) if bitpack.fills_byte(n)]
+  assert fills == [2, 3, 4, *range(9, 17), *range(129, 257)]
